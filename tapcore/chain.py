@@ -1,0 +1,154 @@
+"""Chains: `log:|qcow2:/vm/disk.qcow2` as text, and as drivers opened on top of each other.
+
+    guest ▶ log ▶ qcow2 ▶ …           levels, left to right as written: `Filter.next`
+                    └ backing ▶ …      parents, opened by the chain, read-only: `Driver.backing`
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+from dataclasses import dataclass
+
+from tapcore.driver import Driver, Env, Filter, OpenFlag, find_driver
+from tapcore.errors import ChainError, WritelogError
+
+logger = logging.getLogger(__name__)
+
+MAX_PARENT_DEPTH = 64
+"""Parents below one level; more is taken for a loop."""
+
+
+@dataclass(frozen=True)
+class Level:
+    """One `driver:params` of a chain's text."""
+
+    driver: str
+    params: str
+
+    def __str__(self) -> str:
+        return f"{self.driver}:{self.params}"
+
+
+def parse(text: str) -> list[Level]:
+    """The levels of `a:params|b:params`, leftmost first. ChainError names the level that is wrong."""
+    if not text.strip():
+        raise ChainError("the chain is empty", hint="write it like log:|aio:/path/to/disk.img")
+    levels: list[Level] = []
+    parts = text.split("|")
+    for number, part in enumerate(parts, start=1):
+        where = f"level {number} of {text!r}"
+        if not part.strip():
+            raise ChainError(f"{where} is empty", hint="levels are separated by one '|'")
+        driver, colon, params = part.partition(":")
+        if not colon:
+            raise ChainError(f"{where}, {part!r}, has no ':'", hint="a level is driver:params")
+        try:
+            kind = find_driver(driver.strip())
+        except ChainError as error:
+            raise ChainError(f"{where}: {error.message}", hint=error.hint) from None
+        if kind.is_filter and number == len(parts):
+            raise ChainError(f"{where}: filter {kind.name!r} has nothing below it",
+                             hint=f"for example {part.strip()}|aio:/path/to/disk.img")
+        if not kind.is_filter and number < len(parts):
+            raise ChainError(f"{where}: {kind.name!r} takes no level below it",
+                             hint="only a filter can stand left of a '|'")
+        levels.append(Level(kind.name, params))
+    return levels
+
+
+class Chain:
+    """An open chain. `head` is the level nearest the guest, `drivers` every open one, top first."""
+
+    def __init__(self, text: str, head: Driver, drivers: list[Driver]) -> None:
+        self.text = text
+        self.head = head
+        self.drivers = drivers
+        self.info = head.info
+
+    def find(self, name: str) -> list[Driver]:
+        """The open drivers called `name`, nearest the guest first."""
+        return [driver for driver in self.drivers if driver.name == name]
+
+    def close(self) -> None:
+        """Close every level, top first; the first failure is raised after all were closed."""
+        failure: Exception | None = None
+        for driver in self.drivers:
+            try:
+                driver.close()
+            except Exception as error:
+                logger.error("closing %s:%s failed: %s", driver.name, driver.params, error)
+                failure = failure or error
+        self.drivers = []
+        if failure is not None:
+            raise failure
+
+
+def open_chain(env: Env, text: str, flags: OpenFlag = OpenFlag.NONE) -> Chain:
+    """Open the chain `text`, bottom up. On failure everything opened is closed again, and the ChainError names
+    the level, the driver and the cause."""
+    levels = parse(text)
+    opened: list[Driver] = []
+    lower: Driver | None = None
+    try:
+        for number in range(len(levels), 0, -1):
+            level = levels[number - 1]
+            lower = _open_level(env, f"level {number} of {text!r}", level, flags, lower, opened)
+    except BaseException:
+        for driver in reversed(opened):
+            _close_quietly(driver)
+        raise
+    assert lower is not None
+    return Chain(text, lower, opened[::-1])
+
+
+def _open_level(
+    env: Env, where: str, level: Level, flags: OpenFlag, lower: Driver | None, opened: list[Driver]
+) -> Driver:
+    """Open one level and its parents; every driver opened is appended to `opened`, parents before children."""
+    top = _open_driver(env, where, level, flags, lower)
+    family = [top]
+    try:
+        child = top
+        seen = {(level.driver, level.params)}
+        while (parent_id := child.get_parent_id()) is not None:
+            key = (parent_id.driver, parent_id.params)
+            parent_where = f"{where}, parent {len(family)} ({parent_id.params})"
+            if key in seen or len(family) > MAX_PARENT_DEPTH:
+                raise ChainError(f"{parent_where}: the chain of parents is a loop or too deep")
+            seen.add(key)
+            parent_flags = flags | OpenFlag.RDONLY | OpenFlag.SHAREABLE
+            parent = _open_driver(env, parent_where, Level(*key), parent_flags, None)
+            family.append(parent)
+            child.validate_parent(parent)
+            child.backing = parent
+            child = parent
+    except BaseException:
+        for driver in family:
+            _close_quietly(driver)
+        raise
+    opened.extend(reversed(family))
+    return top
+
+
+def _open_driver(env: Env, where: str, level: Level, flags: OpenFlag, lower: Driver | None) -> Driver:
+    try:
+        kind = find_driver(level.driver)
+        driver = kind(env, level.params, flags)
+        if isinstance(driver, Filter):
+            assert lower is not None, "parse() lets no filter stand at the bottom"
+            driver.attach(lower)
+        driver.open()
+    except WritelogError as error:
+        raise ChainError(f"{where}: {level.driver}: {error.message}", errno=error.errno, path=error.path,
+                         offset=error.offset, hint=error.hint) from error
+    except OSError as error:
+        raise ChainError(f"{where}: {level.driver}: {error}", errno=error.errno or errno.EIO) from error
+    return driver
+
+
+def _close_quietly(driver: Driver) -> None:
+    try:
+        driver.close()
+    except Exception as error:
+        logger.error("closing %s:%s failed: %s", driver.name, driver.params, error)

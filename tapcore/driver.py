@@ -1,0 +1,192 @@
+"""The driver contract, after the `tap_disk` table of Xen's tapdisk.h.
+
+A driver serves one level of a chain. A *leaf* (`aio`, `ram`, an image format) completes requests; a *filter*
+(`log`, `delay`) has a `next` below it and overrides only the verbs that it changes: the others are bound to the
+next level's when the chain opens, so a level that does nothing costs nothing.
+
+Life: `__init__` keeps what it was given; `open` may fail and sets `info`; `close` releases all, and is called
+once after a successful `open`, never with requests in flight.
+
+Verbs: `queue_read`, `queue_write`, `queue_flush`, `queue_discard`, `queue_zeroes`, `queue_status`, each
+`(request) -> bool` as `tapcore.request` says, and `submit()`, which ends a batch: what was queued must be on its
+way when it returns. Requests come bounds-checked, inside the disk and never longer than INT32_MAX bytes; a
+write, discard or zeroes never reaches a driver that was opened read-only. FUA is honoured by every driver.
+Requests in flight at the same time have no order. A flush covers what completed before it was queued.
+A verb does not raise for a failed request: it says so with an errno.
+
+Registration is the declaration: a subclass with a `name` is known to `find_driver`.
+"""
+
+from __future__ import annotations
+
+import errno
+from dataclasses import dataclass, field, replace
+from enum import IntFlag
+from pathlib import Path
+from typing import ClassVar
+
+from tapcore.errors import ChainError
+from tapcore.loop import Loop
+from tapcore.request import Request, fail
+from tapcore.workers import Workers
+
+SECTOR_BYTES = 512
+
+
+class OpenFlag(IntFlag):
+    """How a level is opened (TD_OPEN_* of the original)."""
+
+    NONE = 0
+    RDONLY = 1
+    STRICT = 2
+    """Refuse what would otherwise be repaired or worked round."""
+    QUIET = 4
+    """Do not log a failure to open: the caller expects it."""
+    QUERY = 8
+    """Only to look (size, parent): no lock is taken, no data is read or written."""
+    SHAREABLE = 16
+    """Others may write the same file: for parents and cluster use; no lock against writers."""
+
+
+class Feature(IntFlag):
+    """What a level does natively; filters hand it up."""
+
+    NONE = 0
+    FLUSH = 1
+    DISCARD = 2
+    ZEROES = 4
+    """Write-zeroes without a payload of zeroes."""
+    FAST_ZEROES = 8
+    """Can refuse a zeroing that would be slow (FAST flag)."""
+    STATUS = 16
+    """Block status tells holes and zeroes from data."""
+
+
+@dataclass(frozen=True)
+class DiskInfo:
+    """What a level shows to the one above."""
+
+    size_bytes: int
+    features: Feature = Feature.NONE
+    sector_bytes: int = SECTOR_BYTES
+    min_block_bytes: int = 1
+    """Smallest request served without a read-modify-write or a bounce buffer (a power of two)."""
+    preferred_block_bytes: int = 4096
+    read_only: bool = False
+
+    def with_changes(self, **changes: object) -> DiskInfo:
+        return replace(self, **changes)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class ParentId:
+    """Where a driver's parent image is, and the driver that reads it."""
+
+    driver: str
+    params: str
+
+
+@dataclass
+class Env:
+    """What drivers are given of the process around them."""
+
+    loop: Loop
+    workers: Workers
+    run_dir: Path = field(default_factory=lambda: Path("/run/tapdisk"))
+    """Where control sockets live."""
+
+
+class Driver:
+    """A leaf. `params` is the text after the first colon of its level; `flags` as in OpenFlag."""
+
+    name: ClassVar[str] = ""
+    is_filter: ClassVar[bool] = False
+    registry: ClassVar[dict[str, type[Driver]]] = {}
+
+    info: DiskInfo
+    backing: Driver | None = None
+    """The opened parent image, read-only, where `get_parent_id` named one. Set by the chain."""
+
+    def __init_subclass__(cls) -> None:
+        if "name" in cls.__dict__ and cls.name:
+            Driver.registry[cls.name] = cls
+
+    def __init__(self, env: Env, params: str, flags: OpenFlag) -> None:
+        self.env = env
+        self.params = params
+        self.flags = flags
+
+    @property
+    def read_only(self) -> bool:
+        return bool(self.flags & OpenFlag.RDONLY)
+
+    def open(self) -> None:
+        """Set `info`, or raise WritelogError or OSError with nothing left open."""
+        raise NotImplementedError(self.name)
+
+    def close(self) -> None:
+        """Release all that `open` took. Called once, with nothing in flight."""
+
+    def get_parent_id(self) -> ParentId | None:
+        """The parent image to open below, or None (TD_NO_PARENT)."""
+        return None
+
+    def validate_parent(self, parent: Driver) -> None:
+        """Raise ChainError if `parent` cannot be this image's parent."""
+
+    def queue_read(self, request: Request) -> bool:
+        return fail(request, errno.EOPNOTSUPP)
+
+    def queue_write(self, request: Request) -> bool:
+        return fail(request, errno.EOPNOTSUPP)
+
+    def queue_flush(self, request: Request) -> bool:
+        return fail(request, errno.EOPNOTSUPP)
+
+    def queue_discard(self, request: Request) -> bool:
+        return fail(request, errno.EOPNOTSUPP)
+
+    def queue_zeroes(self, request: Request) -> bool:
+        return fail(request, errno.EOPNOTSUPP)
+
+    def queue_status(self, request: Request) -> bool:
+        """Fill `request.extents`. Default: all of it is data."""
+        request.extents = [(request.length, 0)]
+        return True
+
+    def submit(self) -> None:
+        """End of a batch."""
+
+
+VERBS = ("queue_read", "queue_write", "queue_flush", "queue_discard", "queue_zeroes", "queue_status", "submit")
+"""By request.op, then submit."""
+
+
+class Filter(Driver):
+    """A level that passes on to `next` whatever it does not override."""
+
+    is_filter = True
+    next: Driver
+
+    def attach(self, lower: Driver) -> None:
+        """Take `lower` as the next level: its info, and its verbs where this class has none of its own."""
+        self.next = lower
+        self.info = lower.info
+        for verb in VERBS:
+            if getattr(type(self), verb) is getattr(Driver, verb):
+                setattr(self, verb, getattr(lower, verb))
+
+    def open(self) -> None:
+        """Called after `attach`. May change `info`."""
+
+
+def find_driver(name: str) -> type[Driver]:
+    """The driver called `name`; ChainError lists the known ones."""
+    import tapcore.drivers
+
+    tapcore.drivers.load_all()
+    try:
+        return Driver.registry[name]
+    except KeyError:
+        known = ", ".join(sorted(Driver.registry))
+        raise ChainError(f"unknown driver {name!r}", hint=f"known drivers: {known}") from None

@@ -1,0 +1,24 @@
+"""Fixtures that every test may use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tapcore.driver import Env
+from tapcore.loop import Loop
+from tapcore.workers import Workers
+
+
+@pytest.fixture
+def env(tmp_path: Path) -> Iterator[Env]:
+    """A loop, its workers and a run directory of the test's own."""
+    loop = Loop()
+    workers = Workers(loop, 8)
+    run_dir = tmp_path / "run"
+    run_dir.mkdir(mode=0o700)
+    yield Env(loop, workers, run_dir)
+    workers.close()
+    loop.close()

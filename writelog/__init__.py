@@ -1,0 +1,1 @@
+"""The write log and what is built on it: client, pre-copy daemon, replica."""
