@@ -9,7 +9,7 @@ once after a successful `open`, never with requests in flight.
 
 Verbs: `queue_read`, `queue_write`, `queue_flush`, `queue_discard`, `queue_zeroes`, `queue_status`, each
 `(request) -> bool` as `tapcore.request` says, and `submit()`, which ends a batch: what was queued must be on its
-way when it returns. Requests come bounds-checked, inside the disk and never longer than INT32_MAX bytes; a
+way when it returns. Requests come bounds-checked, inside the disk and shorter than 4 GiB; a
 write, discard or zeroes never reaches a driver that was opened read-only. FUA is honoured by every driver.
 Requests in flight at the same time have no order. A flush covers what completed before it was queued.
 A verb does not raise for a failed request: it says so with an errno.

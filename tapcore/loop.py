@@ -71,12 +71,18 @@ class Loop:
 
     def remove(self, fd: int) -> None:
         """Forget `fd`. To be called before it is closed."""
-        if self._handlers.pop(fd, None) is not None and not self._closed:
-            self._epoll.unregister(fd)
+        if fd in self._handlers and not self._closed:
+            self._set(fd, None, None)
 
     def _set(self, fd: int, reader: Callback | None, writer: Callback | None) -> None:
+        # A descriptor that nobody waits for is not registered: epoll would report its hang-up again and again.
         known = fd in self._handlers
         events = (select.EPOLLIN if reader else 0) | (select.EPOLLOUT if writer else 0)
+        if not events:
+            if known:
+                del self._handlers[fd]
+                self._epoll.unregister(fd)
+            return
         self._handlers[fd] = (reader, writer)
         if known:
             self._epoll.modify(fd, events)

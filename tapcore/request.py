@@ -45,11 +45,11 @@ class Request:
     """One read, write, flush, discard, write-zeroes or block status.
 
     `iov` holds the buffers of a read (filled) or a write (sent), `length` bytes in all. They belong to the
-    request until it is done. `extents` is the answer of a STATUS: consecutive from `offset`, at least one
-    byte, at most `length`.
+    request until it is done. A filter that hooks `done` puts the former one back before it calls it. `extents`
+    is the answer of a STATUS: consecutive from `offset`, at least one byte, at most `length`.
     """
 
-    __slots__ = ("cookie", "done", "error", "extents", "flags", "iov", "length", "offset", "op", "owner",
+    __slots__ = ("at", "cookie", "done", "error", "extents", "flags", "iov", "length", "offset", "op", "owner",
                  "parts", "place", "started_ns", "tries")
 
     def __init__(
@@ -73,9 +73,10 @@ class Request:
         """The requests that were merged into this one (by the vbd)."""
         self.owner: Any = None
         """Who gets `request_done(request)` from the vbd when the request completes late."""
-        self.cookie: int = 0
+        self.cookie = 0
         self.place: Any = None
-        """The owner's own: a handle, a place in its reply buffer."""
+        self.at = 0
+        """The owner's own: a handle, a buffer, a position in it."""
         self.started_ns = 0
         self.tries = 0
 

@@ -1,0 +1,1 @@
+"""Network block device: the wire, the negotiation, the server and a client."""

@@ -1,0 +1,419 @@
+"""The NBD server's sockets: moves bytes between clients and their `ServerNegotiation`, then `Session`."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import ipaddress
+import logging
+import os
+import socket
+import stat
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
+
+from tapcore.driver import Env, Feature
+from tapcore.errors import ControlError, ProtocolError, UsageError
+from tapcore.nbd import wire
+from tapcore.nbd.negotiate import ExportInfo, ServerNegotiation, resolve_name
+from tapcore.nbd.session import Session
+from tapcore.request import Extent
+from tapcore.vbd import CLOSED, CLOSING, Vbd
+
+logger = logging.getLogger(__name__)
+
+NEGOTIATION_RECV_BYTES = 64 << 10
+NEGOTIATION_TIMEOUT_S = 30.0
+"""A client that has not chosen an export by then is dropped."""
+MAX_UNSENT_BYTES = 1 << 20
+"""Replies that wait for a slow client; beyond, its next requests wait in the socket."""
+SOCKET_BUFFER_BYTES = 4 << 20
+TURN_RECEIVES = 16
+"""Receives from one client before the others have their turn."""
+MORE_BYTES = 128 << 10
+"""After a receive of so many bytes more is on its way: ask again before going back to the loop."""
+
+
+def parse_address(text: str) -> tuple[str, str, int]:
+    """("unix", path, 0) or ("tcp", host, port) of `unix:/path`, `tcp:host:port`, or an nbd:// or nbd+unix:// URI.
+
+    UsageError if it is none of them.
+    """
+    url = urlsplit(text)
+    if url.scheme == "nbd+unix":
+        path = parse_qs(url.query).get("socket", [""])[0]
+        if path:
+            return "unix", path, 0
+    elif text.startswith("unix:") and len(text) > len("unix:"):
+        return "unix", text[len("unix:") :], 0
+    elif text.startswith(("tcp:", "nbd://")):
+        with contextlib.suppress(ValueError):
+            url = urlsplit("nbd://" + text.removeprefix("tcp:").removeprefix("nbd://"))
+            if url.hostname:
+                return "tcp", url.hostname, wire.DEFAULT_TCP_PORT if url.port is None else url.port
+    raise UsageError(f"{text!r} is not an address", hint="use unix:/path/to/socket or tcp:127.0.0.1:10809")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether `host` is this machine alone. NBD without TLS is open to whoever reaches the port."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+class NbdServer:
+    """Serves `exports` (a live mapping of name to open Vbd) on any number of addresses."""
+
+    def __init__(
+        self, env: Env, exports: Mapping[str, Vbd], *, max_connections: int = 1000, allow_remote: bool = False
+    ) -> None:
+        self.addresses: list[str] = []
+        self.exports = exports
+        self.env = env
+        self._max_connections = max_connections
+        self._allow_remote = allow_remote
+        self._listeners: list[tuple[socket.socket, Path | None]] = []
+        self._connections: set[Connection] = set()
+
+    @property
+    def connections(self) -> int:
+        return len(self._connections)
+
+    def clients_of(self, vbd: Vbd) -> int:
+        """Connections in the transmission phase on `vbd`."""
+        return sum(connection.vbd is vbd for connection in self._connections)
+
+    def listen(self, address: str) -> str:
+        """Listen on `address` (see `parse_address`); returns it with the port that was bound. UsageError for a
+        bad one, ControlError if it is taken or cannot be bound."""
+        kind, host, port = parse_address(address)
+        if kind == "tcp" and not self._allow_remote and not is_loopback(host):
+            raise UsageError(f"{address}: not a loopback address, and NBD is neither encrypted nor authenticated",
+                             hint="listen on 127.0.0.1 or a UNIX socket, or allow remote clients explicitly")
+        try:
+            if kind == "unix":
+                listener = _listen_unix(Path(host))
+                bound = f"unix:{host}"
+            else:
+                family = socket.AF_INET6 if ":" in host else socket.AF_INET
+                listener = socket.create_server((host, port), family=family, backlog=128)
+                bound = f"tcp:{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
+        except OSError as error:
+            raise ControlError(f"cannot listen on {address}: {error.strerror or error}",
+                               errno=error.errno or errno.EADDRNOTAVAIL) from error
+        listener.setblocking(False)
+        self._listeners.append((listener, Path(host) if kind == "unix" else None))
+        self.addresses.append(bound)
+        self.env.loop.add_reader(listener.fileno(), lambda: self._accept(listener))
+        return bound
+
+    def close(self) -> None:
+        """Stop listening and drop every client."""
+        for listener, path in self._listeners:
+            self.env.loop.remove(listener.fileno())
+            listener.close()
+            if path is not None:
+                path.unlink(missing_ok=True)
+        self._listeners.clear()
+        self.addresses.clear()
+        for connection in list(self._connections):
+            connection.close()
+
+    def drop(self, vbd: Vbd) -> None:
+        """Disconnect the clients of one disk."""
+        for connection in list(self._connections):
+            if connection.vbd is vbd:
+                connection.close()
+
+    def forget(self, connection: Connection) -> None:
+        self._connections.discard(connection)
+
+    def _accept(self, listener: socket.socket) -> None:
+        try:
+            client, _ = listener.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            return
+        except OSError as error:
+            logger.error("cannot accept an NBD client: %s", error)
+            return
+        if len(self._connections) >= self._max_connections:
+            logger.warning("an NBD client was refused: %d are connected", len(self._connections))
+            client.close()
+            return
+        self._connections.add(Connection(self, client))
+
+    # What ServerNegotiation asks
+
+    def names(self) -> list[tuple[str, str]]:
+        """(name, description) of the exports."""
+        return [(name, vbd.chain.text) for name, vbd in self.exports.items() if vbd.state not in (CLOSING, CLOSED)]
+
+    def find(self, name: str) -> ExportInfo | None:
+        """The export that a client asks for; "" is the only one, or the one called "default"."""
+        resolved = resolve_name([known for known, _ in self.names()], name)
+        return None if resolved is None else export_info(resolved, self.exports[resolved])
+
+
+def export_info(name: str, vbd: Vbd) -> ExportInfo:
+    """What the handshake tells of a disk."""
+    features = vbd.info.features
+    flags = (wire.NBD_FLAG_HAS_FLAGS | wire.NBD_FLAG_SEND_DF | wire.NBD_FLAG_CAN_MULTI_CONN
+             | wire.NBD_FLAG_SEND_CACHE)
+    if features & Feature.FLUSH:
+        flags |= wire.NBD_FLAG_SEND_FLUSH | wire.NBD_FLAG_SEND_FUA
+    if vbd.read_only:
+        flags |= wire.NBD_FLAG_READ_ONLY
+    if features & Feature.DISCARD:
+        flags |= wire.NBD_FLAG_SEND_TRIM
+    if features & Feature.ZEROES:
+        flags |= wire.NBD_FLAG_SEND_WRITE_ZEROES
+        if features & Feature.FAST_ZEROES:
+            flags |= wire.NBD_FLAG_SEND_FAST_ZERO
+    bitmaps = tuple(f"{wire.QEMU_DIRTY_BITMAP}{log_name}" for log_name in _logs(vbd))
+    return ExportInfo(name, vbd.info.size_bytes, flags, vbd.chain.text,
+                      preferred_block=max(4096, vbd.info.preferred_block_bytes),
+                      contexts=(wire.BASE_ALLOCATION, *bitmaps))
+
+
+def _logs(vbd: Vbd) -> dict[str, Callable[[int, int], list[Extent]]]:
+    """The write logs in a disk's chain: name, and what tells its dirty extents."""
+    return {log.log_name: log.dirty_extents for log in vbd.chain.find("log")}  # type: ignore[attr-defined]
+
+
+class Connection:
+    """One client: first negotiating, then in its session."""
+
+    def __init__(self, server: NbdServer, client: socket.socket) -> None:
+        self.vbd: Vbd | None = None
+        self._server = server
+        self._loop = server.env.loop
+        self._socket = client
+        self._fd = client.fileno()
+        self._negotiation = ServerNegotiation(server)
+        self._session: Session | None = None
+        self._output = bytearray()
+        self._reading = False
+        self._writing = False
+        self._woken = False
+        self._closed = False
+        client.setblocking(False)
+        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+            client.setsockopt(socket.SOL_SOCKET, option, SOCKET_BUFFER_BYTES)
+        if client.family != socket.AF_UNIX:
+            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._timer = self._loop.call_later(NEGOTIATION_TIMEOUT_S, self._too_slow)
+        self._output += self._negotiation.greeting()
+        self._want_read(True)
+        self._send_negotiation()
+
+    def close(self) -> None:
+        """Drop the client. Requests in flight complete, their replies are dropped."""
+        if self._closed:
+            return
+        self._closed = True
+        self._timer.cancel()
+        if self._session is not None:
+            self._session.dead = True
+        self._loop.remove(self._fd)
+        self._socket.close()
+        self._server.forget(self)
+
+    def _fail(self, why: str) -> None:
+        logger.warning("an NBD client was dropped: %s", why)
+        self.close()
+
+    def _too_slow(self) -> None:
+        if self._session is None:
+            self._fail(f"it had not chosen an export after {NEGOTIATION_TIMEOUT_S:g} s")
+
+    def _want_read(self, want: bool) -> None:
+        if want != self._reading:
+            self._reading = want
+            self._loop.add_reader(self._fd, self._on_readable if want else None)
+
+    def _want_write(self, want: bool) -> None:
+        if want != self._writing:
+            self._writing = want
+            self._loop.add_writer(self._fd, self._on_writable if want else None)
+
+    def _on_readable(self) -> None:
+        try:
+            if self._session is None:
+                self._negotiate()
+            else:
+                self._receive(self._session)
+        except ProtocolError as error:
+            self._fail(str(error))
+        except OSError as error:
+            if error.errno not in (errno.ECONNRESET, errno.EPIPE):
+                logger.warning("an NBD client was dropped: %s", error)
+            self.close()
+        except Exception:
+            self.close()
+            raise
+
+    def _on_writable(self) -> None:
+        try:
+            if self._session is None:
+                self._send_negotiation()
+            else:
+                self._advance(self._session)
+        except (ProtocolError, OSError) as error:
+            self._fail(str(error))
+        except Exception:
+            self.close()
+            raise
+
+    # Negotiation
+
+    def _negotiate(self) -> None:
+        try:
+            data = self._socket.recv(NEGOTIATION_RECV_BYTES)
+        except BlockingIOError:
+            return
+        if not data:
+            self.close()
+            return
+        self._negotiation.feed(data)
+        self._output += self._negotiation.output()
+        self._send_negotiation()
+
+    def _send_negotiation(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            while self._output:
+                del self._output[: self._socket.send(self._output)]
+        if self._output:
+            # Nothing more is read until the client has taken its replies.
+            self._want_read(False)
+            self._want_write(True)
+            return
+        self._want_write(False)
+        if self._negotiation.result is not None:
+            self._begin_session()
+        elif self._negotiation.finished:
+            if self._negotiation.error:
+                self._fail(self._negotiation.error)
+            else:
+                self.close()
+        else:
+            self._want_read(True)
+
+    def _begin_session(self) -> None:
+        result = self._negotiation.result
+        assert result is not None
+        vbd = self._server.exports.get(result.export.name)
+        if vbd is None or vbd.state in (CLOSING, CLOSED):
+            self._fail(f"export {result.export.name!r} was closed meanwhile")
+            return
+        self._timer.cancel()
+        self.vbd = vbd
+        align_bytes = vbd.info.min_block_bytes
+        self._session = session = Session(
+            vbd,
+            size_bytes=vbd.info.size_bytes,
+            read_only=vbd.read_only,
+            structured=result.structured_replies,
+            contexts=result.contexts,
+            dirty_extents=self._dirty_extents,
+            align_bytes=align_bytes,
+            wake=self._wake,
+        )
+        session.feed(self._negotiation.leftover())
+        self._want_read(True)
+        self._advance(session)
+
+    def _dirty_extents(self, log_name: str, offset: int, length: int) -> list[Extent]:
+        assert self.vbd is not None
+        tell = _logs(self.vbd).get(log_name)
+        # A log that is gone (its disk was given another chain) knows nothing: all of it may have changed.
+        return [(length, wire.QEMU_STATE_DIRTY)] if tell is None else tell(offset, length)
+
+    # Transmission
+
+    def _receive(self, session: Session) -> None:
+        receive = self._socket.recv_into
+        for _ in range(TURN_RECEIVES):
+            view = session.recv_buffer()
+            try:
+                count_bytes = receive(view)
+            except BlockingIOError:
+                return
+            if not count_bytes:
+                self.close()
+                return
+            session.received(count_bytes)
+            self._advance(session)
+            if not self._reading or count_bytes < min(len(view), MORE_BYTES):
+                return
+
+    def _advance(self, session: Session) -> None:
+        """Step and send until the received bytes are used up or the client has to wait."""
+        more = True
+        while True:
+            self._flush(session)
+            if self._closed or not more or session.replies.unsent_bytes > MAX_UNSENT_BYTES:
+                break
+            more = session.step()
+            if not more:
+                self._flush(session)
+                break
+        if self._closed:
+            return
+        if session.closing and not session.late and not session.replies.unsent_bytes:
+            self.close()
+            return
+        self._want_write(session.replies.unsent_bytes > 0)
+        self._want_read(not (session.closing or session.blocked
+                             or session.replies.unsent_bytes > MAX_UNSENT_BYTES))
+
+    def _flush(self, session: Session) -> None:
+        """Send what can be sent now."""
+        replies = session.replies
+        while replies.unsent_bytes:
+            views = replies.output()
+            try:
+                count_bytes = self._socket.send(views[0]) if len(views) == 1 else self._socket.sendmsg(views)
+            except BlockingIOError:
+                return
+            replies.sent(count_bytes)
+
+    def _wake(self) -> None:
+        """A late reply is ready: send it, with the others of this turn, when the turn ends."""
+        if not self._woken:
+            self._woken = True
+            self._loop.call_soon(self._late_replies)
+
+    def _late_replies(self) -> None:
+        self._woken = False
+        if not self._closed:
+            self._on_writable()
+
+
+def _listen_unix(path: Path) -> socket.socket:
+    """A listening UNIX socket at `path`, for its owner alone. A dead process's socket there is replaced."""
+    if path.exists() or path.is_symlink():
+        if not stat.S_ISSOCK(path.lstat().st_mode):
+            raise OSError(errno.EEXIST, "a file is there that is not a socket", str(path))
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            try:
+                probe.connect(str(path))
+            except ConnectionRefusedError:
+                path.unlink()
+            else:
+                raise OSError(errno.EADDRINUSE, "another process listens there", str(path))
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        mask = os.umask(0o177)
+        try:
+            listener.bind(str(path))
+        finally:
+            os.umask(mask)
+        listener.listen(128)
+    except OSError:
+        listener.close()
+        raise
+    return listener

@@ -1,0 +1,401 @@
+"""The virtual block device: what stands between an export and a chain.
+
+    export ──submit(batch)──▶ Vbd ──queue_read(request)…, submit()──▶ chain
+           ◀─ done early ────     ◀─ True: complete at once ─────────
+           ◀─ owner.request_done  ◀─ request.done(request), later ───
+
+It owns the chain, knows what is in flight, holds requests back while the disk is paused, tries failed ones again,
+merges neighbours, counts and times, and says when something makes no progress.
+
+Where a request can be, and what moves it on:
+
+    held      the disk is paused              resume()
+    flying    the chain has it                its completion: the owner gets it, or it goes to `retrying`
+    retrying  failed with a transient errno   the retry timer, `retry_interval_s` later
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from tapcore.chain import Chain, open_chain
+from tapcore.driver import VERBS, DiskInfo, Env, OpenFlag
+from tapcore.errors import ControlError, WritelogError
+from tapcore.loop import Timer
+from tapcore.request import BACKGROUND, OP_NAMES, STATUS, WRITE, Extent, Request
+from tapcore.stats import Stats, bucket_of
+
+logger = logging.getLogger(__name__)
+
+RUNNING, PAUSING, PAUSED, CLOSING, CLOSED = "running", "pausing", "paused", "closing", "closed"
+
+PERMANENT = frozenset({
+    errno.EROFS, errno.EINVAL, errno.EOVERFLOW, errno.EFBIG, errno.ENXIO, errno.EPERM, errno.EACCES, errno.EBADF,
+    errno.EOPNOTSUPP, errno.ENOSYS, errno.EILSEQ, errno.EBADMSG, errno.ESHUTDOWN, errno.ERANGE, errno.ENODEV,
+})
+"""Errors that a second try cannot cure. All others (EIO, ENOSPC, ENOMEM, ETIMEDOUT …) are tried again."""
+
+MERGE_MAX_BYTES = 1 << 20
+MERGE_MAX_PIECES = 256
+
+
+class Vbd:
+    """One disk. Not open until `open` was called; everything in the loop's thread.
+
+    Requests given to `submit` must have `done` set to `vbd.request_done` and an `owner` with a method
+    `request_done(request)`, which gets those that were not complete when `submit` returned.
+    """
+
+    def __init__(
+        self,
+        env: Env,
+        name: str,
+        *,
+        retry_interval_s: float = 1.0,
+        max_retries: int = 100,
+        stall_report_s: float = 10.0,
+    ) -> None:
+        self.env = env
+        self.name = name
+        self.state = CLOSED
+        self.fenced: str | None = None
+        """Why the disk must not be resumed without force; None for a disk that may."""
+        self.retry_interval_s = retry_interval_s
+        self.max_retries = max_retries
+        self.stall_report_s = stall_report_s
+        self.statistics = Stats()
+        self.chain: Chain
+        self.info: DiskInfo
+        self._flags = OpenFlag.NONE
+        self._queue: list[Callable[[Request], bool]] = []
+        self._submit: Callable[[], None]
+        self._flying: dict[Request, None] = {}
+        self._held: list[Request] = []
+        self._retrying: list[Request] = []
+        self._retry_timer: Timer | None = None
+        self._idle_waiters: list[Callable[[], None]] = []
+        self._watchdog: Timer | None = None
+        self._reported: set[Request] = set()
+
+    # Life
+
+    def open(self, chain_text: str, flags: OpenFlag = OpenFlag.NONE) -> None:
+        """Open the chain and run. ChainError if it cannot be opened."""
+        self._flags = flags
+        self._use(open_chain(self.env, chain_text, flags))
+        self.state = RUNNING
+        self._watch()
+
+    def _use(self, chain: Chain) -> None:
+        self.chain = chain
+        self.info = chain.info
+        head = chain.head
+        self._queue = [getattr(head, verb) for verb in VERBS[:-1]]
+        self._submit = head.submit
+
+    @property
+    def read_only(self) -> bool:
+        return bool(self._flags & OpenFlag.RDONLY) or self.info.read_only
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that the chain has."""
+        return len(self._flying)
+
+    @property
+    def waiting(self) -> int:
+        """Requests held back, by a pause or until their next try."""
+        return len(self._held) + len(self._retrying)
+
+    def pause(self, done: Callable[[], None]) -> None:
+        """Hold new requests back; `done()` when none is in flight (at once, if none is), or when a `resume` came
+        first: then `state` is not "paused"."""
+        self._must_be_open()
+        if self.state == RUNNING:
+            self.state = PAUSING
+        self._when_idle(lambda: self._paused(done))
+
+    def _paused(self, done: Callable[[], None]) -> None:
+        if self.state == PAUSING:
+            self.state = PAUSED
+        done()
+
+    def resume(self) -> None:
+        """Let the held requests go. Fencing is the caller's to check (`fenced`)."""
+        self._must_be_open()
+        self.state = RUNNING
+        self._run_idle_waiters()
+        self._retry_now()
+        held, self._held = self._held, []
+        self._deliver(self.submit(held))
+
+    def _must_be_open(self) -> None:
+        if self.state in (CLOSING, CLOSED):
+            raise ControlError(f"disk {self.name!r} is {self.state}", errno=errno.ESHUTDOWN)
+
+    def replace_chain(self, chain_text: str, done: Callable[[WritelogError | None], None]) -> None:
+        """Of a paused disk: close its chain and open `chain_text` instead, then `done(None)`; the disk stays
+        paused. If the new one does not open, or has another size, the old one is opened again and `done(error)`.
+        """
+        if self.state != PAUSED:
+            raise ControlError(f"disk {self.name!r} is {self.state}", hint="pause it first")
+        self._when_idle(lambda: self._replace(chain_text, done))
+
+    def _replace(self, chain_text: str, done: Callable[[WritelogError | None], None]) -> None:
+        if self.state != PAUSED:
+            done(ControlError(f"disk {self.name!r} was resumed before its chain could be replaced"))
+            return
+        old_text, old_size_bytes = self.chain.text, self.info.size_bytes
+        try:
+            self.chain.close()
+            chain = open_chain(self.env, chain_text, self._flags)
+            if chain.info.size_bytes != old_size_bytes:
+                chain.close()
+                raise ControlError(f"{chain_text!r} has {chain.info.size_bytes} bytes, the disk {old_size_bytes}",
+                                   errno=errno.EINVAL, hint="the guest sees one size as long as it is connected")
+            self._use(chain)
+        except Exception as error:
+            failure = error if isinstance(error, WritelogError) else ControlError(str(error))
+            try:
+                self._use(open_chain(self.env, old_text, self._flags))
+            except WritelogError as second:
+                logger.error("%s: the former chain does not open again: %s", self.name, second)
+                self.state = CLOSED
+                self._fail_all(errno.ESHUTDOWN)
+            done(failure)
+            return
+        done(None)
+
+    def close(self, done: Callable[[], None]) -> None:
+        """Drain, then close the chain, then `done()`. A paused disk's held requests fail with ESHUTDOWN."""
+        if self.state == CLOSED:
+            done()
+            return
+        self.state = CLOSING
+        self._when_idle(lambda: self._close(done))
+
+    def _close(self, done: Callable[[], None]) -> None:
+        if self.state == CLOSED:
+            done()
+            return
+        self.state = CLOSED
+        for timer in (self._watchdog, self._retry_timer):
+            if timer is not None:
+                timer.cancel()
+        self._fail_all(errno.ESHUTDOWN)
+        try:
+            self.chain.close()
+        finally:
+            done()
+
+    def _when_idle(self, action: Callable[[], None]) -> None:
+        """`action()` once the chain has nothing of this disk in flight."""
+        if self._flying:
+            self._idle_waiters.append(action)
+        else:
+            action()
+
+    def _run_idle_waiters(self) -> None:
+        waiters, self._idle_waiters = self._idle_waiters, []
+        for action in waiters:
+            action()
+
+    # Requests
+
+    def submit(self, batch: Sequence[Request]) -> list[Request]:
+        """Send a batch down the chain; returns those that are complete already. The hot loop."""
+        if self.state != RUNNING:
+            now_ns = time.monotonic_ns()
+            for request in batch:
+                request.started_ns = now_ns
+            if self.state == CLOSED:
+                for request in batch:
+                    request.error = errno.ESHUTDOWN
+                return list(batch)
+            self._held.extend(batch)
+            return []
+        start_ns = time.monotonic_ns()
+        queue = self._queue
+        done: list[Request] = []
+        failed: list[Request] = []
+        count = len(batch)
+        index = 0
+        while index < count:
+            request = batch[index]
+            index += 1
+            if index < count and request.op <= WRITE:
+                following = batch[index]
+                if following.offset == request.offset + request.length and following.op == request.op:
+                    request, index = self._merge(batch, index - 1)
+            if queue[request.op](request):
+                if request.error:
+                    failed.append(request)
+                elif request.parts is None:
+                    done.append(request)
+                else:
+                    done.extend(request.parts)
+            else:
+                request.started_ns = start_ns
+                self._flying[request] = None
+        self._submit()
+        self._count(done, time.monotonic_ns() - start_ns)
+        for request in failed:
+            request.started_ns = start_ns
+            done.extend(self._failed(request))
+        return done
+
+    def request_done(self, request: Request) -> None:
+        """A driver's late completion."""
+        del self._flying[request]
+        finished = self._failed(request) if request.error else request.parts or [request]
+        for part in finished:
+            if not part.error:
+                self._count((part,), time.monotonic_ns() - request.started_ns)
+            part.owner.request_done(part)
+        if request in self._reported:
+            self._reported.discard(request)
+            logger.warning("%s: %r ended after all", self.name, request)
+        if not self._flying and self._idle_waiters:
+            self._run_idle_waiters()
+
+    def _merge(self, batch: Sequence[Request], first: int) -> tuple[Request, int]:
+        """The neighbours that begin at index `first` as one request (itself, if it stays alone), and the index
+        of the request after them."""
+        lead = batch[first]
+        end = lead.offset
+        length_bytes = pieces = 0
+        index = first
+        while index < len(batch):
+            part = batch[index]
+            length_bytes += part.length
+            pieces += len(part.iov)
+            if (part.offset != end or part.op != lead.op or part.flags != lead.flags
+                    or length_bytes > MERGE_MAX_BYTES or pieces > MERGE_MAX_PIECES):
+                break
+            end += part.length
+            index += 1
+        if index <= first + 1:
+            return lead, first + 1
+        parts = list(batch[first:index])
+        merged = Request(lead.op, lead.offset, end - lead.offset, [view for part in parts for view in part.iov],
+                         lead.flags, self.request_done)
+        merged.parts = parts
+        self.statistics.merged += len(parts) - 1
+        return merged, index
+
+    def _failed(self, request: Request) -> list[Request]:
+        """What is final of a request that failed: a merged one is split first, so that only the guilty part
+        fails; transient errors are put off to the next try."""
+        if request.parts is not None:
+            final: list[Request] = []
+            for part in request.parts:
+                part.started_ns = request.started_ns
+                if self.state != RUNNING:
+                    self._held.append(part)
+                elif not self._queue[part.op](part):
+                    self._flying[part] = None
+                elif part.error:
+                    final.extend(self._failed(part))
+                else:
+                    self._count((part,), time.monotonic_ns() - part.started_ns)
+                    final.append(part)
+            if self.state == RUNNING:
+                self._submit()
+            return final
+        if request.error in PERMANENT or request.tries >= self.max_retries or request.flags & BACKGROUND:
+            self.statistics.errors[request.op] += 1
+            return [request]
+        logger.log(logging.WARNING if request.tries == 0 else logging.DEBUG,
+                   "%s: %s of %d bytes at %d failed (%s), try %d of %d", self.name, OP_NAMES[request.op],
+                   request.length, request.offset, os.strerror(request.error), request.tries + 1,
+                   self.max_retries + 1)
+        request.tries += 1
+        request.error = 0
+        self.statistics.retries += 1
+        self._retrying.append(request)
+        if self._retry_timer is None:
+            self._retry_timer = self.env.loop.call_later(self.retry_interval_s, self._retry_now)
+        return []
+
+    def _retry_now(self) -> None:
+        if self._retry_timer is not None:
+            self._retry_timer.cancel()
+            self._retry_timer = None
+        requests, self._retrying = self._retrying, []
+        if self.state != RUNNING:
+            self._held[:0] = requests
+            return
+        for request in requests:
+            started_ns = request.started_ns
+            self._deliver(self.submit((request,)))
+            request.started_ns = started_ns
+
+    def _deliver(self, finished: Sequence[Request]) -> None:
+        """Give requests that were once late to their owners."""
+        for request in finished:
+            request.owner.request_done(request)
+
+    def _fail_all(self, code: int) -> None:
+        waiting = self._retrying + self._held
+        self._retrying, self._held = [], []
+        for request in waiting:
+            request.error = code
+        self._deliver(waiting)
+
+    # Looking
+
+    def status_map(self, offset: int, length: int, done: Callable[[int, list[Extent]], None]) -> None:
+        """Block status of a range, also of a paused disk: `done(errno, extents)`; the extents may cover less."""
+        if self.state == CLOSED:
+            done(errno.ESHUTDOWN, [])
+            return
+        request = Request(STATUS, offset, length, flags=BACKGROUND, done=self.request_done)
+        request.owner = _StatusCaller(done)
+        if self._queue[STATUS](request):
+            done(request.error, request.extents)
+        else:
+            request.started_ns = time.monotonic_ns()
+            self._flying[request] = None
+            self._submit()
+
+    def stats(self) -> dict[str, Any]:
+        """Counters and histograms, ready for JSON."""
+        return self.statistics.as_dict() | {
+            "state": self.state, "in_flight": self.in_flight, "waiting": self.waiting,
+        }
+
+    def _count(self, finished: Sequence[Request], latency_ns: int) -> None:
+        """Account for requests that ended well, all with the same latency (a batch ends as one)."""
+        requests, moved = self.statistics.requests, self.statistics.bytes
+        bucket = bucket_of(latency_ns)
+        latencies = self.statistics.latencies
+        for request in finished:
+            op = request.op
+            requests[op] += 1
+            moved[op] += request.length
+            latencies[op][bucket] += 1
+
+    def _watch(self) -> None:
+        """The watchdog: report each request that has made no progress for `stall_report_s`, once."""
+        self._watchdog = self.env.loop.call_later(self.stall_report_s / 2, self._watch)
+        oldest_ns = time.monotonic_ns() - int(self.stall_report_s * 1e9)
+        for request in (*self._flying, *self._retrying):
+            if request.started_ns < oldest_ns and request not in self._reported:
+                self._reported.add(request)
+                self.statistics.stalls += 1
+                logger.warning("%s: %r has made no progress for %g s", self.name, request, self.stall_report_s)
+
+
+class _StatusCaller:
+    """The owner of a STATUS request that `status_map` made."""
+
+    def __init__(self, done: Callable[[int, list[Extent]], None]) -> None:
+        self._done = done
+
+    def request_done(self, request: Request) -> None:
+        self._done(request.error, request.extents)
