@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import errno
-from typing import ClassVar
+import queue
+import threading
+from collections.abc import Callable
+from typing import ClassVar, TypeVar
 
-from tapcore.driver import DiskInfo, Driver, Feature, OpenFlag
+from tapcore.driver import DiskInfo, Driver, Env, Feature, OpenFlag
 from tapcore.errors import ChainError
 from tapcore.request import DISCARD, FLUSH, READ, STATUS, WRITE, ZEROES, Request
 from tapcore.vbd import Vbd
+
+T = TypeVar("T")
 
 
 class Manual(Driver):
@@ -104,3 +109,46 @@ class Owner:
         request = Request(op, offset, length, iov, flags, self.vbd.request_done)
         request.owner = self
         return request
+
+
+class LoopThread:
+    """A loop in a thread of its own, for tests whose clients block. `call(f)` returns what `f` returns there."""
+
+    def __init__(self, env: Env) -> None:
+        self.loop = env.loop
+        self._thread = threading.Thread(target=self.loop.run, name="loop", daemon=True)
+        self._thread.start()
+
+    def call(self, function: Callable[[], T]) -> T:
+        answer: queue.SimpleQueue[T | BaseException] = queue.SimpleQueue()
+
+        def run() -> None:
+            try:
+                answer.put(function())
+            except BaseException as error:
+                answer.put(error)
+
+        self.loop.call_threadsafe(run)
+        result = answer.get(timeout=30)
+        if isinstance(result, BaseException):
+            raise result
+        return result
+
+    def until(self, ready: Callable[[], bool], timeout_s: float = 10) -> None:
+        """Wait until `ready()`, asked in the loop's thread, is true."""
+        event = threading.Event()
+
+        def ask() -> None:
+            if ready():
+                event.set()
+            else:
+                self.loop.call_later(0.005, ask)
+
+        self.loop.call_threadsafe(ask)
+        assert event.wait(timeout_s), "it did not happen in time"
+
+    def stop(self) -> None:
+        if self._thread.is_alive():
+            self.loop.call_threadsafe(self.loop.stop)
+            self._thread.join(10)
+            assert not self._thread.is_alive()
