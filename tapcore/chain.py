@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from tapcore.driver import Driver, Env, Filter, OpenFlag, find_driver
@@ -69,6 +70,18 @@ class Chain:
     def find(self, name: str) -> list[Driver]:
         """The open drivers called `name`, nearest the guest first."""
         return [driver for driver in self.drivers if driver.name == name]
+
+    def quiesce(self, done: Callable[[], None]) -> None:
+        """`done()` once no driver has I/O of its own in flight; to be called when the guest's is at an end."""
+        left = list(self.drivers)
+
+        def next_one() -> None:
+            if left:
+                left.pop(0).quiesce(next_one)
+            else:
+                done()
+
+        next_one()
 
     def close(self) -> None:
         """Close every level, top first; the first failure is raised after all were closed."""

@@ -4,8 +4,8 @@ A driver serves one level of a chain. A *leaf* (`aio`, `ram`, an image format) c
 (`log`, `delay`) has a `next` below it and overrides only the verbs that it changes: the others are bound to the
 next level's when the chain opens, so a level that does nothing costs nothing.
 
-Life: `__init__` keeps what it was given; `open` may fail and sets `info`; `close` releases all, and is called
-once after a successful `open`, never with requests in flight.
+Life: `__init__` keeps what it was given; `open` may fail and sets `info`; `quiesce` ends what the driver does of
+its own; `close` releases all, and is called once after a successful `open`, never with requests in flight.
 
 Verbs: `queue_read`, `queue_write`, `queue_flush`, `queue_discard`, `queue_zeroes`, `queue_status`, each
 `(request) -> bool` as `tapcore.request` says, and `submit()`, which ends a batch: what was queued must be on its
@@ -20,6 +20,7 @@ Registration is the declaration: a subclass with a `name` is known to `find_driv
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from enum import IntFlag
 from pathlib import Path
@@ -156,6 +157,11 @@ class Driver:
 
     def submit(self) -> None:
         """End of a batch."""
+
+    def quiesce(self, done: Callable[[], None]) -> None:
+        """Begin no more I/O of this driver's own (not the guest's), and call `done` when none is in flight. Comes
+        before `close`; a driver that does I/O only for the requests it was given has nothing to do."""
+        done()
 
 
 VERBS = ("queue_read", "queue_write", "queue_flush", "queue_discard", "queue_zeroes", "queue_status", "submit")

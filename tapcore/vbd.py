@@ -32,7 +32,8 @@ from tapcore.stats import Stats, bucket_of
 
 logger = logging.getLogger(__name__)
 
-RUNNING, PAUSING, PAUSED, CLOSING, CLOSED = "running", "pausing", "paused", "closing", "closed"
+RUNNING, PAUSING, PAUSED, REPLACING = "running", "pausing", "paused", "replacing the chain"
+CLOSING, CLOSED = "closing", "closed"
 
 PERMANENT = frozenset({
     errno.EROFS, errno.EINVAL, errno.EOVERFLOW, errno.EFBIG, errno.ENXIO, errno.EPERM, errno.EACCES, errno.EBADF,
@@ -126,8 +127,12 @@ class Vbd:
         done()
 
     def resume(self) -> None:
-        """Let the held requests go. Fencing is the caller's to check (`fenced`)."""
+        """Let the held requests go. Fencing is the caller's to check (`fenced`). ControlError while the chain is
+        being replaced, and of a closed disk."""
         self._must_be_open()
+        if not self.chain.drivers:
+            raise ControlError(f"disk {self.name!r} has no open chain", errno=errno.ENODEV,
+                               hint="resume it with a chain that can be opened")
         self.state = RUNNING
         self._run_idle_waiters()
         self._retry_now()
@@ -135,21 +140,20 @@ class Vbd:
         self._deliver(self.submit(held))
 
     def _must_be_open(self) -> None:
-        if self.state in (CLOSING, CLOSED):
+        if self.state in (REPLACING, CLOSING, CLOSED):
             raise ControlError(f"disk {self.name!r} is {self.state}", errno=errno.ESHUTDOWN)
 
     def replace_chain(self, chain_text: str, done: Callable[[WritelogError | None], None]) -> None:
         """Of a paused disk: close its chain and open `chain_text` instead, then `done(None)`; the disk stays
         paused. If the new one does not open, or has another size, the old one is opened again and `done(error)`.
+        If that fails too, the disk stays paused without a chain, its requests wait, and it can be given another.
         """
         if self.state != PAUSED:
             raise ControlError(f"disk {self.name!r} is {self.state}", hint="pause it first")
-        self._when_idle(lambda: self._replace(chain_text, done))
+        self.state = REPLACING
+        self._when_idle(lambda: self.chain.quiesce(lambda: self._replace(chain_text, done)))
 
     def _replace(self, chain_text: str, done: Callable[[WritelogError | None], None]) -> None:
-        if self.state != PAUSED:
-            done(ControlError(f"disk {self.name!r} was resumed before its chain could be replaced"))
-            return
         old_text, old_size_bytes = self.chain.text, self.info.size_bytes
         try:
             self.chain.close()
@@ -159,14 +163,14 @@ class Vbd:
                 raise ControlError(f"{chain_text!r} has {chain.info.size_bytes} bytes, the disk {old_size_bytes}",
                                    errno=errno.EINVAL, hint="the guest sees one size as long as it is connected")
             self._use(chain)
+            self.state = PAUSED
         except Exception as error:
             failure = error if isinstance(error, WritelogError) else ControlError(str(error))
             try:
                 self._use(open_chain(self.env, old_text, self._flags))
             except WritelogError as second:
                 logger.error("%s: the former chain does not open again: %s", self.name, second)
-                self.state = CLOSED
-                self._fail_all(errno.ESHUTDOWN)
+            self.state = PAUSED
             done(failure)
             return
         done(None)
@@ -176,8 +180,10 @@ class Vbd:
         if self.state == CLOSED:
             done()
             return
+        if self.state == REPLACING:
+            raise ControlError(f"disk {self.name!r} is {self.state}", errno=errno.EBUSY, hint="try again")
         self.state = CLOSING
-        self._when_idle(lambda: self._close(done))
+        self._when_idle(lambda: self.chain.quiesce(lambda: self._close(done)))
 
     def _close(self, done: Callable[[], None]) -> None:
         if self.state == CLOSED:
@@ -351,7 +357,7 @@ class Vbd:
 
     def status_map(self, offset: int, length: int, done: Callable[[int, list[Extent]], None]) -> None:
         """Block status of a range, also of a paused disk: `done(errno, extents)`; the extents may cover less."""
-        if self.state == CLOSED:
+        if self.state in (REPLACING, CLOSING, CLOSED) or not self.chain.drivers:
             done(errno.ESHUTDOWN, [])
             return
         request = Request(STATUS, offset, length, flags=BACKGROUND, done=self.request_done)

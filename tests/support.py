@@ -24,9 +24,10 @@ class Manual(Driver):
 
     name = "manual"
     opened: ClassVar[list[Manual]] = []
+    refusing: ClassVar[bool] = False
 
     def open(self) -> None:
-        if self.params == "broken":
+        if self.params == "broken" or Manual.refusing:
             raise ChainError("the manual driver was told not to open")
         size_bytes = int(self.params)
         features = Feature.FLUSH | Feature.DISCARD | Feature.ZEROES | Feature.FAST_ZEROES | Feature.STATUS

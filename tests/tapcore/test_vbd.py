@@ -174,6 +174,22 @@ def test_a_chain_that_does_not_fit_leaves_the_old_one(vbd: Vbd, text: str) -> No
     assert [request.error for request in owner.late] == [0]
 
 
+def test_a_disk_that_lost_its_chain_waits_for_another(vbd: Vbd, monkeypatch: pytest.MonkeyPatch) -> None:
+    owner = Owner(vbd)
+    vbd.pause(lambda: None)
+    vbd.submit([owner.make(WRITE, 0, b"n" * 512)])
+    monkeypatch.setattr(Manual, "refusing", True)
+    assert replace(vbd, f"manual:{SIZE}") is not None
+    assert vbd.state == PAUSED and owner.late == []
+    with pytest.raises(ControlError, match="no open chain"):
+        vbd.resume()
+    monkeypatch.setattr(Manual, "refusing", False)
+    assert replace(vbd, f"manual:{SIZE}") is None
+    vbd.resume()
+    leaf().finish()
+    assert [request.error for request in owner.late] == [0] and leaf().data[:512] == b"n" * 512
+
+
 def test_only_a_paused_disk_takes_another_chain(vbd: Vbd) -> None:
     with pytest.raises(ControlError, match="pause it first"):
         vbd.replace_chain("manual:512", lambda error: None)
