@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import queue
+import shutil
 import threading
 from collections.abc import Callable
 from typing import ClassVar, TypeVar
@@ -153,3 +154,9 @@ class LoopThread:
             self.loop.call_threadsafe(self.loop.stop)
             self._thread.join(10)
             assert not self._thread.is_alive()
+
+
+def need(*programs: str) -> None:
+    """Fail, saying what to do, if a program that the test runs is not installed."""
+    missing = [program for program in programs if shutil.which(program) is None]
+    assert not missing, f"{', '.join(missing)} not found: tools/setup dev installs what the tests need"

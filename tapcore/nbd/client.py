@@ -6,7 +6,7 @@
         client.block_status(0, client.size_bytes)["base:allocation"]
 
 Many requests at once: `submit` as many as wanted, `wait` for each. Not to be shared between threads.
-URIs: https://github.com/NetworkBlockDevice/nbd/blob/master/doc/uri.md
+Addresses: `tapcore.nbd.address`.
 """
 
 from __future__ import annotations
@@ -16,71 +16,22 @@ import errno
 import select
 import socket
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from types import TracebackType
 from typing import TypeAlias
-from urllib.parse import parse_qs, unquote, urlsplit
 
 from tapcore.errors import UsageError
 from tapcore.nbd import wire
+from tapcore.nbd.address import NbdAddress, parse_address
 from tapcore.nbd.client_codec import ClientNegotiation, NbdError, ReplyDecoder, ServerOffer, Transaction
 from tapcore.request import Extent
 
-__all__ = ["NbdAddress", "NbdClient", "NbdError", "parse_uri"]
+__all__ = ["NbdClient", "NbdError"]
 
 HANDSHAKE_RECV_BYTES = 64 << 10
 
+Data: TypeAlias = bytes | bytearray | memoryview
 Answer: TypeAlias = bytearray | dict[str, list[Extent]] | None
 """What a read has read; what a block status has found, by context; None for every other command."""
-
-
-@dataclass(frozen=True)
-class NbdAddress:
-    """A UNIX socket (`path`), or else a TCP one (`host`, `port`), and the export there."""
-
-    export: str
-    path: str | None = None
-    host: str = "localhost"
-    port: int = wire.DEFAULT_TCP_PORT
-
-    def __str__(self) -> str:
-        place = f"{self.host}:{self.port}" if self.path is None else self.path
-        return f"NBD export {self.export!r} at {place}"
-
-    def connect(self, timeout_s: float) -> socket.socket:
-        """A connected socket. OSError (TimeoutError) if there is none to be had."""
-        if self.path is None:
-            sock = socket.create_connection((self.host, self.port), timeout_s)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            return sock
-        sock = socket.socket(socket.AF_UNIX)
-        try:
-            sock.settimeout(timeout_s)
-            sock.connect(self.path)
-        except BaseException:
-            sock.close()
-            raise
-        return sock
-
-
-def parse_uri(uri: str) -> NbdAddress:
-    """nbd://HOST[:PORT]/EXPORT or nbd+unix:///EXPORT?socket=PATH. UsageError says what is wrong with it."""
-    try:
-        parts = urlsplit(uri)
-        port = parts.port or wire.DEFAULT_TCP_PORT
-    except ValueError as error:
-        raise UsageError(f"{uri!r}: {error}") from None
-    export = unquote(parts.path.removeprefix("/"))
-    if parts.scheme == "nbd":
-        return NbdAddress(export, host=parts.hostname or "localhost", port=port)
-    if parts.scheme == "nbd+unix":
-        paths = parse_qs(parts.query).get("socket", [])
-        if len(paths) != 1:
-            raise UsageError(f"{uri!r} names {len(paths)} sockets",
-                             hint="write it like nbd+unix:///export?socket=/path/to/socket")
-        return NbdAddress(export, path=paths[0])
-    raise UsageError(f"{uri!r} is no NBD address that is supported",
-                     hint="write it like nbd://host:10809/export or nbd+unix:///export?socket=/path/to/socket")
 
 
 class NbdClient:
@@ -99,7 +50,7 @@ class NbdClient:
         contexts: Sequence[str] = (),
         timeout_s: float = 30.0,
     ) -> None:
-        self.address = parse_uri(uri) if isinstance(uri, str) else uri
+        self.address = parse_address(uri) if isinstance(uri, str) else uri
         self.timeout_s = timeout_s
         self.sock = self.address.connect(timeout_s)
         """For tests that must say something wrong."""
@@ -144,7 +95,7 @@ class NbdClient:
     def read(self, offset: int, length: int, *, flags: int = 0) -> bytearray:
         return self._run(wire.NBD_CMD_READ, offset, length, flags).data
 
-    def write(self, offset: int, data: bytes | bytearray | memoryview, *, fua: bool = False) -> None:
+    def write(self, offset: int, data: Data, *, fua: bool = False) -> None:
         self._run(wire.NBD_CMD_WRITE, offset, len(data), fua_flag(fua), data)
 
     def flush(self) -> None:
@@ -171,14 +122,7 @@ class NbdClient:
 
     # Many requests at once
 
-    def submit(
-        self,
-        command: int,
-        offset: int,
-        length: int,
-        data: bytes | bytearray | memoryview | None = None,
-        flags: int = 0,
-    ) -> int:
+    def submit(self, command: int, offset: int, length: int, data: Data | None = None, flags: int = 0) -> int:
         """Send a request (NBD_CMD_*, with `data` for a write) and return its handle for `wait`."""
         self._last_cookie += 1
         cookie = self._last_cookie
@@ -237,14 +181,18 @@ class NbdClient:
                                    errno=errno.ECONNRESET, hint="is there such an export?")
                 try:
                     negotiation.feed(data)
-                finally:
-                    self.sock.sendall(negotiation.output())
+                except NbdError:
+                    with contextlib.suppress(OSError):
+                        self.sock.sendall(negotiation.output())
+                    raise
+                if output := negotiation.output():
+                    self.sock.sendall(output)
         except OSError as error:
             raise self._broken(error) from error
         return negotiation.result
 
     def _run(
-        self, command: int, offset: int, length: int, flags: int = 0, data: bytes | bytearray | memoryview | None = None
+        self, command: int, offset: int, length: int, flags: int = 0, data: Data | None = None
     ) -> Transaction:
         """One request from its beginning to its end; NbdError if it fails."""
         cookie = self.submit(command, offset, length, data, flags)

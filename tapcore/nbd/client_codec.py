@@ -25,6 +25,7 @@ MAX_ERROR_BYTES: Final = 64 << 10
 MAX_STATUS_BYTES: Final = 8 << 20
 """The longest payloads that are taken of an option reply, an error chunk, a block status chunk."""
 SCRATCH_BYTES: Final = 256 << 10
+NO_BYTES: Final = memoryview(bytearray())
 
 CLISERV_MAGIC: Final = 0x00420281861253
 """Where IHAVEOPT is expected, this says oldstyle negotiation."""
@@ -288,7 +289,7 @@ class ReplyDecoder:
         self._scratch = memoryview(bytearray(SCRATCH_BYTES))
         self._start = 0
         self._end = 0
-        self._rest = self._scratch[:0]
+        self._rest = NO_BYTES
         """The part of a payload that has not come yet."""
         self._payload_done: Callable[[], None] = _nothing
 
@@ -315,6 +316,7 @@ class ReplyDecoder:
         if self._rest:
             self._rest = self._rest[count_bytes:]
             if not self._rest:
+                self._rest = NO_BYTES
                 self._payload_done()
             return
         self._end += count_bytes
@@ -322,8 +324,8 @@ class ReplyDecoder:
             there = min(len(payload), self._end - self._start)
             payload[:there] = self._scratch[self._start : self._start + there]
             self._start += there
-            self._rest = payload[there:]
-            if self._rest:
+            if there < len(payload):
+                self._rest = payload[there:]
                 return
             self._payload_done()
 
@@ -379,7 +381,7 @@ class ReplyDecoder:
         if command == wire.NBD_CMD_READ and not code:
             transaction.missing_bytes = 0
             return memoryview(transaction.data)
-        return self._scratch[:0]
+        return NO_BYTES
 
     def _data(self, transaction: Transaction, offset: int, length: int, done: bool) -> memoryview:
         target = self._part(transaction, offset, length)

@@ -123,6 +123,14 @@ def decode_string(data: bytes, what: str) -> str:
     return text
 
 
+def encode_string(text: str) -> bytes:
+    """Our own `text` (a name, a description that holds a path) as the protocol allows it: UTF-8, not too long."""
+    data = text.encode(errors="replace")
+    if len(data) > wire.MAX_STRING_BYTES:
+        data = data[: wire.MAX_STRING_BYTES].decode(errors="ignore").encode()
+    return data
+
+
 class OptionData:
     """Reads the data of one option from left to right; OptionError where it ends too soon or too late."""
 
@@ -305,9 +313,9 @@ class ServerNegotiation:
     def _list(self, data: OptionData) -> None:
         data.end()
         for name, description in self._exports.names():
-            encoded = name.encode()
+            encoded = encode_string(name)
             self._reply(wire.NBD_REP_SERVER,
-                        wire.LENGTH.pack(value=len(encoded)) + encoded + description.encode())
+                        wire.LENGTH.pack(value=len(encoded)) + encoded + encode_string(description))
         self._reply(wire.NBD_REP_ACK)
 
     def _info(self, data: OptionData) -> None:
@@ -324,9 +332,9 @@ class ServerNegotiation:
                                       preferred_block=export.preferred_block, max_block=export.max_block),
         ]
         if wire.NBD_INFO_NAME in wanted:
-            infos.append(wire.INFO_TYPE.pack(type=wire.NBD_INFO_NAME) + export.name.encode())
+            infos.append(wire.INFO_TYPE.pack(type=wire.NBD_INFO_NAME) + encode_string(export.name))
         if wire.NBD_INFO_DESCRIPTION in wanted and export.description:
-            infos.append(wire.INFO_TYPE.pack(type=wire.NBD_INFO_DESCRIPTION) + export.description.encode())
+            infos.append(wire.INFO_TYPE.pack(type=wire.NBD_INFO_DESCRIPTION) + encode_string(export.description))
         for info in infos:
             self._reply(wire.NBD_REP_INFO, info)
         self._reply(wire.NBD_REP_ACK)
@@ -343,7 +351,7 @@ class ServerNegotiation:
         available = export.contexts
         names = match_contexts(available, queries, wildcards=True) if queries else available
         for name in names:
-            self._reply(wire.NBD_REP_META_CONTEXT, wire.META_CONTEXT.pack(id=0) + name.encode())
+            self._reply(wire.NBD_REP_META_CONTEXT, wire.META_CONTEXT.pack(id=0) + encode_string(name))
         self._reply(wire.NBD_REP_ACK)
 
     def _set_meta_context(self, data: OptionData) -> None:
@@ -354,7 +362,7 @@ class ServerNegotiation:
         self._contexts_export = export.name
         self._contexts = list(enumerate(names, start=1))
         for id, name in self._contexts:
-            self._reply(wire.NBD_REP_META_CONTEXT, wire.META_CONTEXT.pack(id=id) + name.encode())
+            self._reply(wire.NBD_REP_META_CONTEXT, wire.META_CONTEXT.pack(id=id) + encode_string(name))
         self._reply(wire.NBD_REP_ACK)
 
     def _meta_context_queries(self, data: OptionData) -> tuple[ExportInfo, list[str]]:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import ipaddress
 import logging
 import os
 import socket
 import stat
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from urllib.parse import parse_qs, urlsplit
 
 from tapcore.driver import Env, Feature
 from tapcore.errors import ControlError, ProtocolError, UsageError
 from tapcore.nbd import wire
+from tapcore.nbd.address import parse_address
 from tapcore.nbd.negotiate import ExportInfo, ServerNegotiation, resolve_name
 from tapcore.nbd.session import Session
 from tapcore.request import Extent
@@ -33,36 +33,6 @@ TURN_RECEIVES = 16
 """Receives from one client before the others have their turn."""
 MORE_BYTES = 128 << 10
 """After a receive of so many bytes more is on its way: ask again before going back to the loop."""
-
-
-def parse_address(text: str) -> tuple[str, str, int]:
-    """("unix", path, 0) or ("tcp", host, port) of `unix:/path`, `tcp:host:port`, or an nbd:// or nbd+unix:// URI.
-
-    UsageError if it is none of them.
-    """
-    url = urlsplit(text)
-    if url.scheme == "nbd+unix":
-        path = parse_qs(url.query).get("socket", [""])[0]
-        if path:
-            return "unix", path, 0
-    elif text.startswith("unix:") and len(text) > len("unix:"):
-        return "unix", text[len("unix:") :], 0
-    elif text.startswith(("tcp:", "nbd://")):
-        with contextlib.suppress(ValueError):
-            url = urlsplit("nbd://" + text.removeprefix("tcp:").removeprefix("nbd://"))
-            if url.hostname:
-                return "tcp", url.hostname, wire.DEFAULT_TCP_PORT if url.port is None else url.port
-    raise UsageError(f"{text!r} is not an address", hint="use unix:/path/to/socket or tcp:127.0.0.1:10809")
-
-
-def is_loopback(host: str) -> bool:
-    """Whether `host` is this machine alone. NBD without TLS is open to whoever reaches the port."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 class NbdServer:
@@ -90,23 +60,23 @@ class NbdServer:
     def listen(self, address: str) -> str:
         """Listen on `address` (see `parse_address`); returns it with the port that was bound. UsageError for a
         bad one, ControlError if it is taken or cannot be bound."""
-        kind, host, port = parse_address(address)
-        if kind == "tcp" and not self._allow_remote and not is_loopback(host):
+        where = parse_address(address)
+        if not where.loopback and not self._allow_remote:
             raise UsageError(f"{address}: not a loopback address, and NBD is neither encrypted nor authenticated",
                              hint="listen on 127.0.0.1 or a UNIX socket, or allow remote clients explicitly")
         try:
-            if kind == "unix":
-                listener = _listen_unix(Path(host))
-                bound = f"unix:{host}"
+            if where.path is not None:
+                listener = _listen_unix(Path(where.path))
             else:
-                family = socket.AF_INET6 if ":" in host else socket.AF_INET
-                listener = socket.create_server((host, port), family=family, backlog=128)
-                bound = f"tcp:{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
+                family = socket.AF_INET6 if ":" in where.host else socket.AF_INET
+                listener = socket.create_server((where.host, where.port), family=family, backlog=128)
+                where = replace(where, port=listener.getsockname()[1])
         except OSError as error:
             raise ControlError(f"cannot listen on {address}: {error.strerror or error}",
                                errno=error.errno or errno.EADDRNOTAVAIL) from error
         listener.setblocking(False)
-        self._listeners.append((listener, Path(host) if kind == "unix" else None))
+        self._listeners.append((listener, None if where.path is None else Path(where.path)))
+        bound = str(where)
         self.addresses.append(bound)
         self.env.loop.add_reader(listener.fileno(), lambda: self._accept(listener))
         return bound
