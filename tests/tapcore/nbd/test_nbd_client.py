@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import shutil
 import socket
 import subprocess
 import threading
@@ -12,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from support import need
 
 from tapcore.errors import ProtocolError, UsageError
 from tapcore.nbd import wire
@@ -43,8 +43,7 @@ def activate() -> Iterator[Callable[[socket.socket, tuple[str, ...]], None]]:
     servers: list[subprocess.Popen[bytes]] = []
 
     def start(sock: socket.socket, command: tuple[str, ...]) -> None:
-        if shutil.which(command[0]) is None:
-            pytest.skip(f"{command[0]} is not installed")
+        need(command[0])
         script = 'LISTEN_PID=$$ LISTEN_FDS=1 exec "$@" 3<&0 0</dev/null'
         servers.append(subprocess.Popen(["sh", "-c", script, "sh", *command], stdin=sock.fileno()))
 
@@ -154,8 +153,7 @@ def test_without_contexts_a_block_status_fails_and_the_connection_lives(uri: str
 
 
 def test_dirty_bitmap_of_qemu(serve: Serve, tmp_path: Path) -> None:
-    if shutil.which("qemu-img") is None or shutil.which("qemu-io") is None:
-        pytest.skip("qemu-img or qemu-io is not installed")
+    need("qemu-img", "qemu-io")
     qcow2 = tmp_path / "disk.qcow2"
     for command in (["qemu-img", "create", "-q", "-f", "qcow2", str(qcow2), str(SIZE_BYTES)],
                     ["qemu-img", "bitmap", "--add", "-g", "65536", str(qcow2), "b0"],
