@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from processes import Tapdisk
 
 from tapcore.driver import Env
 from tapcore.loop import Loop
@@ -22,3 +23,19 @@ def env(tmp_path: Path) -> Iterator[Env]:
     yield Env(loop, workers, run_dir)
     workers.close()
     loop.close()
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Callable[..., Tapdisk]]:
+    """`serve(chain, *options)`: a running tapdisk; all are ended after the test."""
+    run_dir = tmp_path / "run-serve"
+    run_dir.mkdir(mode=0o700)
+    started: list[Tapdisk] = []
+
+    def start(chain: str, *arguments: str) -> Tapdisk:
+        started.append(Tapdisk(run_dir, chain, *arguments))
+        return started[-1]
+
+    yield start
+    for tapdisk in started:
+        tapdisk.stop()

@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
-import os
 import socket
-import stat
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from tapcore import unixsocket
 from tapcore.driver import Env, Feature
 from tapcore.errors import ControlError, ProtocolError, UsageError
 from tapcore.nbd import wire
@@ -66,7 +65,7 @@ class NbdServer:
                              hint="listen on 127.0.0.1 or a UNIX socket, or allow remote clients explicitly")
         try:
             if where.path is not None:
-                listener = _listen_unix(Path(where.path))
+                listener = unixsocket.listen(Path(where.path))
             else:
                 family = socket.AF_INET6 if ":" in where.host else socket.AF_INET
                 listener = socket.create_server((where.host, where.port), family=family, backlog=128)
@@ -105,6 +104,12 @@ class NbdServer:
     def _accept(self, listener: socket.socket) -> None:
         try:
             client, _ = listener.accept()
+            if listener.family == socket.AF_UNIX:
+                allowed, who = unixsocket.peer_allowed(client)
+                if not allowed:
+                    logger.warning("an NBD client was refused: %s", who)
+                    client.close()
+                    return
         except (BlockingIOError, ConnectionAbortedError):
             return
         except OSError as error:
@@ -361,29 +366,3 @@ class Connection:
         self._woken = False
         if not self._closed:
             self._on_writable()
-
-
-def _listen_unix(path: Path) -> socket.socket:
-    """A listening UNIX socket at `path`, for its owner alone. A dead process's socket there is replaced."""
-    if path.exists() or path.is_symlink():
-        if not stat.S_ISSOCK(path.lstat().st_mode):
-            raise OSError(errno.EEXIST, "a file is there that is not a socket", str(path))
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-            try:
-                probe.connect(str(path))
-            except ConnectionRefusedError:
-                path.unlink()
-            else:
-                raise OSError(errno.EADDRINUSE, "another process listens there", str(path))
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        mask = os.umask(0o177)
-        try:
-            listener.bind(str(path))
-        finally:
-            os.umask(mask)
-        listener.listen(128)
-    except OSError:
-        listener.close()
-        raise
-    return listener

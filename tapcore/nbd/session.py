@@ -209,14 +209,10 @@ class Session:
                     data = (header_bytes + mask) & ~mask
                     stop_at = STEP_BYTES
                 request = free.pop() if free else self._new_request()
-                request.op = READ
-                request.offset = offset
-                request.length = length
                 place = data + length
+                request.op, request.offset, request.length = READ, offset, length
                 request.iov = (arena.view[data:place],)
-                request.cookie = cookie
-                request.place = arena
-                request.at = data - header_bytes
+                request.cookie, request.place, request.at = cookie, arena, data - header_bytes
                 arena.users += 1
                 batch.append(request)
                 start += _HEADER_BYTES
@@ -228,11 +224,8 @@ class Session:
                 if end - data < length and length < LARGE_BYTES:
                     break
                 request = free.pop() if free else self._new_request()
-                request.op = WRITE
-                request.offset = offset
-                request.length = length
-                request.flags = flags
-                request.cookie = cookie
+                request.op, request.offset, request.length = WRITE, offset, length
+                request.flags, request.cookie = flags, cookie
                 start = data + length
                 if start > end:
                     self._begin_large(request, view[data:end])
