@@ -100,11 +100,13 @@ def server(name: str, image: Path, folder: Path) -> Iterator[str]:
 
 def fio(row: FioRow, uri: str, seconds: float, size_bytes: int) -> float:
     """IOPS, or MB/s for large blocks."""
-    command = ["fio", "--name=bench", "--ioengine=nbd", f"--uri={uri}", f"--rw={row.kind}", f"--bs={row.block_bytes}",
-               f"--iodepth={row.depth}", f"--numjobs={row.connections}", "--group_reporting", "--time_based",
+    command = ["fio", "--name=bench", "--ioengine=nbd", f"--uri={uri}", f"--rw={row.kind}",
+               f"--bs={row.block_bytes}", f"--iodepth={row.depth}", f"--numjobs={row.connections}",
+               "--group_reporting", "--time_based",
                f"--runtime={seconds}", "--ramp_time=0.5", f"--size={size_bytes}", "--randrepeat=0",
                "--output-format=json"]
-    job = json.loads(subprocess.run(command, capture_output=True, check=True, timeout=seconds + 60).stdout)["jobs"][0]
+    outcome = subprocess.run(command, capture_output=True, check=True, timeout=seconds + 60)
+    job = json.loads(outcome.stdout)["jobs"][0]
     side = job["read" if "read" in row.kind else "write"]
     return float(side["iops"]) if row.unit == "IOPS" else side["bw_bytes"] / 1e6
 
