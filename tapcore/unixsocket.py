@@ -19,8 +19,8 @@ CREDENTIALS = Layout("struct ucred", "=", "pid:i uid:I gid:I", size=12)
 
 
 def listen(path: Path) -> socket.socket:
-    """A non-blocking socket that listens at `path`, for its owner alone (mode 0600). What a dead process left there
-    is replaced; ControlError if a live one listens, if something else is there, or if it cannot be bound."""
+    """A non-blocking socket that listens at `path`, for its owner alone (mode 0600). What a dead process left is
+    replaced; ControlError if a live one listens, if something else is there, or if it cannot be bound."""
     if len(os.fsencode(path)) > MAX_PATH_BYTES:
         raise ControlError("the socket's path is too long", path=str(path), errno=errno.ENAMETOOLONG,
                            hint=f"at most {MAX_PATH_BYTES} bytes: use a shorter name or directory")
@@ -43,7 +43,7 @@ def listen(path: Path) -> socket.socket:
 
 
 def remove_stale(path: Path) -> None:
-    """Remove the socket at `path` if nobody listens there. ControlError if somebody does, or if it is no socket."""
+    """Remove the socket at `path` if nobody listens there. ControlError if somebody does, or it is no socket."""
     try:
         mode = path.lstat().st_mode
     except FileNotFoundError:

@@ -1,0 +1,60 @@
+"""What the documents show works."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from support import Manual, Owner
+
+from tapcore.driver import Driver, Env
+from tapcore.errors import ChainError
+from tapcore.request import READ, WRITE, ZEROES
+from tapcore.vbd import Vbd
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_the_driver_in_write_a_driver_works(env: Env, early: bool) -> None:
+    text = (ROOT / "docs" / "write-a-driver.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert code.count("\n") <= 75
+    exec(compile(code, "write-a-driver.md", "exec"), {"__name__": "xor"})
+    try:
+        vbd = Vbd(env, "disk")
+        with pytest.raises(ChainError, match="not a byte"):
+            vbd.open("xor:300|manual:4096")
+        vbd.open("xor:42|manual:4096")
+        disk = Manual.opened[-1]
+        disk.early = early
+        owner = Owner(vbd)
+        write, read = owner.make(WRITE, 0, b"plain" * 100), owner.make(READ, 0, 500)
+        for request in (write, read):
+            done = vbd.submit([request])
+            disk.finish()
+            assert [*done, *owner.late][-1] is request and request.error == 0
+        assert bytes(read.iov[0]) == b"plain" * 100
+        assert disk.data[:5] == bytes(letter ^ 42 for letter in b"plain")
+        assert vbd.submit([owner.make(ZEROES, 0, 512)])[0].error
+        vbd.close(lambda: None)
+    finally:
+        del Driver.registry["xor"]
+        Manual.opened.clear()
+
+
+DOCUMENTS = ["README.md", "ARCHITECTURE.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_links_lead_somewhere(name: str) -> None:
+    path = ROOT / name
+    for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text()):
+        assert (path.parent / target).exists(), f"{name} links to {target}"
+
+
+def test_named_modules_exist() -> None:
+    text = (ROOT / "ARCHITECTURE.md").read_text()
+    for name in re.findall(r"`((?:tapcore|writelog|tests|tools)/[\w/.*]+)`", text):
+        assert list(ROOT.glob(name)), f"ARCHITECTURE.md names {name}"
