@@ -19,11 +19,15 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
-from bitarray import bitarray
 from rich.console import Console
 from rich.table import Table
+
+from writelog.bitmap import Bitmap, bitmap_bytes
+from writelog.dirtymap import DirtyMap
+from writelog.logconn import STEP_RANGES
 
 START_TIMEOUT_S = 20.0
 OURS = "log:|aio:"
@@ -140,26 +144,33 @@ def measure_fio(rows: list[FioRow], options: argparse.Namespace, folder: Path) -
 
 
 def measure_scans(options: argparse.Namespace) -> list[Outcome]:
-    """Milliseconds of the loop's time to export and to take a 1 TiB log at several densities."""
-    from writelog.bitmap import Bitmap  # the benchmark's other rows do not need it
-
+    """Milliseconds of the loop's time to look at, and to take, all of a 1 TiB log, and the longest single step of
+    it: between two steps guests are served."""
+    size_bytes, granularity_bytes = 1 << 40, 4096
     outcomes = []
-    size_bytes, granularity = 1 << 40, 4096
-    blocks = size_bytes // granularity
     for share in (0.0001, 0.001, 0.01):
-        memory = bytearray(blocks // 8)
-        bits = bitarray(buffer=memory, endian="little")
-        step = int(1 / share)
-        for first in range(0, blocks, step):
-            bits[first] = 1
-        outcome = Outcome(f"extents of 1 TiB, {share:.2%} dirty", "ms")
+        rows = {verb: Outcome(f"log: {verb} 1 TiB, {share:.2%} dirty", "ms") for verb in ("peek", "take")}
+        longest = Outcome(f"log: longest step at {share:.2%} dirty", "ms")
         for _ in range(options.repeat):
-            bitmap = Bitmap(memory, size_bytes, granularity)
-            start_s = time.perf_counter()
-            count = sum(1 for _ in bitmap.extents())
-            outcome.figures.setdefault(OURS, []).append((time.perf_counter() - start_s) * 1e3)
-            assert count == len(range(0, blocks, step))
-        outcomes.append(outcome)
+            dirty, taken = (Bitmap(bytearray(bitmap_bytes(size_bytes, granularity_bytes)), size_bytes,
+                                   granularity_bytes) for _ in range(2))
+            dirty.bits[:: int(1 / share)] = 1
+            wanted = dirty.bits.count()
+            dirty_map = DirtyMap(dirty, taken)
+            steps_s: list[float] = []
+            for verb, outcome in rows.items():
+                step = dirty_map.peek if verb == "peek" else partial(dirty_map.take, dirty_map.open_lease())
+                block = found = 0
+                first_step = len(steps_s)
+                while block < dirty_map.blocks:
+                    start_s = time.perf_counter()
+                    ranges, block = step(block, dirty_map.blocks, STEP_RANGES)
+                    steps_s.append(time.perf_counter() - start_s)
+                    found += len(ranges) // 2
+                assert found == wanted
+                outcome.figures.setdefault(OURS, []).append(sum(steps_s[first_step:]) * 1e3)
+            longest.figures.setdefault(OURS, []).append(max(steps_s) * 1e3)
+        outcomes += [*rows.values(), longest]
     return outcomes
 
 
@@ -213,7 +224,7 @@ def main() -> None:
     options = parse_arguments()
     rows = [row for row in FIO_ROWS if options.rows in row.name]
     scans: Callable[[argparse.Namespace], list[Outcome]] | None = None
-    if options.rows in "extents of 1 TiB":
+    if options.rows in "log: peek take":
         scans = measure_scans
     if not rows and scans is None:
         raise SystemExit(f"no row has {options.rows!r} in its name: {', '.join(row.name for row in FIO_ROWS)}")
