@@ -93,7 +93,7 @@ def rig_of(env: Env, size_bytes: int = 1 << 20, params: str = "disk", leaf: Driv
 
 
 class RawClient:
-    """The bytes of PROTOCOL.md and nothing else."""
+    """The bytes of docs/protocol.md and nothing else."""
 
     def __init__(self, path: str) -> None:
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)

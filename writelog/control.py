@@ -1,4 +1,4 @@
-"""The log's control socket, as bytes: no I/O here (PROTOCOL.md, "Control socket").
+"""The log's control socket, as bytes: no I/O here (docs/protocol.md).
 
 A client's message is 20 bytes: a command of 4, and 16 of parameters. With a first parameter byte of 0 it is the
 original's, whatever follows; 1 makes it a version 1 message:

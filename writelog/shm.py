@@ -1,6 +1,6 @@
 """Names and POSIX shared memory of the write log: opening it safely, and the 8 MiB region of one client.
 
-The region (PROTOCOL.md, "The region"):
+The region (docs/protocol.md, "Region"):
 
     0          export area: disk_range[262144], or what a version 1 message asked for
     4 MiB      the ring, one page (writelog.ring); its header's padding holds the RESULT of version 1 messages
