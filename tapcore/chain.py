@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from tapcore.driver import Driver, Env, Filter, OpenFlag, find_driver
@@ -122,9 +123,13 @@ def _open_level(
     top = _open_driver(env, where, level, flags, lower)
     family = [top]
     try:
-        child = top
+        child, child_where = top, where
         seen = {(level.driver, level.params)}
-        while (parent_id := child.get_parent_id()) is not None:
+        while True:
+            with _naming(child_where, child.name):
+                parent_id = child.get_parent_id()
+            if parent_id is None:
+                break
             key = (parent_id.driver, parent_id.params)
             parent_where = f"{where}, parent {len(family)} ({parent_id.params})"
             if key in seen or len(family) > MAX_PARENT_DEPTH:
@@ -133,9 +138,10 @@ def _open_level(
             parent_flags = flags | OpenFlag.RDONLY | OpenFlag.SHAREABLE
             parent = _open_driver(env, parent_where, Level(*key), parent_flags, None)
             family.append(parent)
-            child.validate_parent(parent)
+            with _naming(child_where, child.name):
+                child.validate_parent(parent)
             child.backing = parent
-            child = parent
+            child, child_where = parent, parent_where
     except BaseException:
         for driver in family:
             _close_quietly(driver)
@@ -145,19 +151,26 @@ def _open_level(
 
 
 def _open_driver(env: Env, where: str, level: Level, flags: OpenFlag, lower: Driver | None) -> Driver:
-    try:
+    with _naming(where, level.driver):
         kind = find_driver(level.driver)
         driver = kind(env, level.params, flags)
         if isinstance(driver, Filter):
             assert lower is not None, "parse() lets no filter stand at the bottom"
             driver.attach(lower)
         driver.open()
+    return driver
+
+
+@contextmanager
+def _naming(where: str, driver: str) -> Iterator[None]:
+    """What fails inside becomes a ChainError that says where in the chain."""
+    try:
+        yield
     except WritelogError as error:
-        raise ChainError(f"{where}: {level.driver}: {error.message}", errno=error.errno, path=error.path,
+        raise ChainError(f"{where}: {driver}: {error.message}", errno=error.errno, path=error.path,
                          offset=error.offset, hint=error.hint) from error
     except OSError as error:
-        raise ChainError(f"{where}: {level.driver}: {error}", errno=error.errno or errno.EIO) from error
-    return driver
+        raise ChainError(f"{where}: {driver}: {error}", errno=error.errno or errno.EIO) from error
 
 
 def _close_quietly(driver: Driver) -> None:

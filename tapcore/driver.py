@@ -105,6 +105,8 @@ class Driver:
     registry: ClassVar[dict[str, type[Driver]]] = {}
 
     info: DiskInfo
+    path: str | None = None
+    """The image, where there is a file: set by `open`."""
     backing: Driver | None = None
     """The opened parent image, read-only, where `get_parent_id` named one. Set by the chain."""
 

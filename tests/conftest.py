@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from processes import Tapdisk
+from processes import Tapdisk, forget_logs
+from support import Manual
 
 from tapcore.driver import Env
 from tapcore.loop import Loop
@@ -20,9 +21,11 @@ def env(tmp_path: Path) -> Iterator[Env]:
     workers = Workers(loop, 8)
     run_dir = tmp_path / "run"
     run_dir.mkdir(mode=0o700)
+    Manual.opened.clear()
     yield Env(loop, workers, run_dir)
     workers.close()
     loop.close()
+    forget_logs(run_dir)
 
 
 @pytest.fixture
@@ -39,3 +42,4 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Tapdisk]]:
     yield start
     for tapdisk in started:
         tapdisk.stop()
+    forget_logs(run_dir)

@@ -13,6 +13,7 @@ from typing import Any
 
 from tapcore.nbd.address import NbdAddress, parse_address
 from tapcore.nbd.client import NbdClient
+from writelog.shm import SHM_DIR, bitmap_name
 
 START_TIMEOUT_S = 20
 
@@ -31,6 +32,13 @@ def read_line(process: subprocess.Popen[bytes], timeout_s: float = START_TIMEOUT
             raise AssertionError(f"{process.args!r} ended with {process.wait(10)}: {error}")
         line += byte
     return line.decode()
+
+
+def forget_logs(run_dir: Path) -> None:
+    """Remove the bitmaps of every log that was served from `run_dir`: they outlive their processes."""
+    pattern = bitmap_name(run_dir, "ANY").replace("ANY", "*").removeprefix("/")
+    for path in SHM_DIR.glob(pattern):
+        path.unlink(missing_ok=True)
 
 
 class Tapdisk:

@@ -20,25 +20,26 @@ MAX_FUNCTION_LINES = 70
 MAX_FILE_LINES = 500
 MAX_TEST_FILE_LINES = 800
 
-LAYERS = [
-    ["tapcore", "tapcore.errors", "tapcore.layout", "writelog"],
-    ["tapcore.request", "tapcore.loop", "tapcore.rundir", "tapcore.params", "tapcore.workers", "tapcore.stats",
-     "tapcore.unixsocket", "writelog.bitmap", "writelog.control", "writelog.ring", "writelog.dirtymap",
-     "writelog.wire", "writelog.plan", "writelog.session", "writelog.shm"],
-    ["tapcore.driver", "tapcore.rawfile", "writelog.logstore", "writelog.logstream", "writelog.logconn",
-     "writelog.server", "writelog.client", "tapcore.drivers"],
-    ["tapcore.chain"],
-    ["tapcore.vbd"],
-    ["tapcore.nbd", "tapcore.control"],
-    ["tapcore.engine", "writelog.replica_", "writelog.sync_"],
-    ["tapcore.tapdisk", "tapcore.tapctl", "writelog.cli", "writelog.replica", "writelog.sync"],
-]
+LAYERS = """
+tapcore tapcore.errors tapcore.layout writelog
+tapcore.request tapcore.loop tapcore.rundir tapcore.params tapcore.workers tapcore.stats tapcore.unixsocket \
+ writelog.bitmap writelog.control writelog.ring writelog.dirtymap writelog.wire writelog.plan writelog.shm
+tapcore.driver tapcore.rawfile tapcore.imagelock tapcore.directio tapcore.drivers writelog.logstore \
+ writelog.logstream writelog.logconn writelog.server writelog.client
+tapcore.chain
+tapcore.vbd
+tapcore.nbd tapcore.control tapcore.control_server
+tapcore.engine writelog.replica_ writelog.sync_
+tapcore.tapdisk tapcore.tapctl writelog.cli writelog.replica writelog.sync
+""".strip().splitlines()
 """Lowest first; a name ending in '_', or a package, stands for all that begins with it. A module imports from its
 own layer and those before it."""
 
-PURE = ["tapcore.nbd.wire", "tapcore.nbd.negotiate", "tapcore.nbd.status", "tapcore.nbd.session",
-        "tapcore.nbd.replies", "tapcore.nbd.client_codec", "writelog.wire", "writelog.plan", "writelog.session",
-        "writelog.ring", "writelog.control", "writelog.dirtymap", "writelog.bitmap"]
+PURE = [
+    "tapcore.nbd.wire", "tapcore.nbd.negotiate", "tapcore.nbd.status", "tapcore.nbd.session",
+    "tapcore.nbd.replies", "tapcore.nbd.client_codec", "writelog.wire", "writelog.plan", "writelog.ring",
+    "writelog.control", "writelog.dirtymap", "writelog.bitmap",
+]
 """Codecs and algorithms: bytes or state in, bytes or decisions out."""
 IMPURE_IMPORTS = {"socket", "zmq", "posix_ipc", "select", "threading", "subprocess", "time"}
 
@@ -51,7 +52,7 @@ def module_name(path: Path) -> str:
 def layer_of(module: str) -> int:
     best, found = -1, -1
     for number, names in enumerate(LAYERS):
-        for name in names:
+        for name in names.split():
             matches = module == name or (name.endswith("_") and module.startswith(name)) or (
                 module.startswith(name + ".") and name not in PACKAGES)
             if matches and len(name) > best:

@@ -55,10 +55,10 @@ class Log(Filter):
     def open(self) -> None:
         """LogError if the log is in use, or its memory or socket cannot be had."""
         leaf = _leaf(self.next)
-        self.log_name = check_name(self._given_name or _name_from(leaf.params))
+        self.log_name = check_name(self._given_name or _name_from(leaf))
         if self.flags & OpenFlag.QUERY:
             return
-        identity = f"name:{self._given_name}" if self._given_name else f"path:{_path_of(leaf.params)}"
+        identity = f"name:{self._given_name}" if self._given_name else f"path:{_identity(leaf)}"
         run_dir = self.env.run_dir
         store = LogStore(run_dir, self.log_name, self.info.size_bytes, self._granularity_bytes, identity)
         try:
@@ -167,11 +167,11 @@ def _leaf(level: Driver) -> Driver:
     return level
 
 
-def _path_of(params: str) -> str:
-    """The image's path without options, absolute."""
-    return os.path.realpath(params.split(",")[0])
+def _identity(leaf: Driver) -> str:
+    """What tells the image below from all others."""
+    return os.path.realpath(leaf.path) if leaf.path else f"{leaf.name}:{leaf.params}"
 
 
-def _name_from(params: str) -> str:
-    """A log's name from an image's: its last component, with what a name may not have replaced by '_'."""
-    return re.sub(r"[^A-Za-z0-9_.+=@-]", "_", Path(params.split(",")[0]).name)
+def _name_from(leaf: Driver) -> str:
+    """A log's name from the image below: its last component, with what a name may not have replaced by '_'."""
+    return re.sub(r"[^A-Za-z0-9_.+=@-]", "_", Path(leaf.path or leaf.params).name)

@@ -186,15 +186,27 @@ def test_the_logs_name(env: Env, text: str, name: str) -> None:
     forget(env.run_dir, "lower")
 
 
-@pytest.mark.parametrize(("params", "name"), [
-    ("/vm/disk.img", "disk.img"), ("/vm/my disk:1.img,direct", "my_disk_1.img"), ("64M", "64M")])
-def test_a_name_from_the_image_below(env: Env, params: str, name: str) -> None:
+@pytest.mark.parametrize(("path", "name"), [
+    ("/vm/disk.img", "disk.img"), ("/vm/my disk:1.img,2", "my_disk_1.img_2"), (None, "64M")])
+def test_a_name_from_the_image_below(env: Env, path: str | None, name: str) -> None:
     leaf = Hollow(env, MIB)
-    leaf.params = params
+    leaf.path = path
+    leaf.params = "64M"
     log = make(env, leaf, "")
     assert log.log_name == name
     log.close()
     forget(env.run_dir, name)
+
+
+def test_an_images_options_are_no_part_of_its_name(env: Env, tmp_path: Path) -> None:
+    """Two images that are opened with the same options are two."""
+    for name in ("a.img", "b.img"):
+        (tmp_path / name).write_bytes(bytes(MIB))
+        chain = open_chain(env, f"log:|aio:direct,{tmp_path / name}")
+        assert isinstance(chain.head, Log)
+        assert chain.head.log_name == name
+        chain.close()
+        assert forget(env.run_dir, name)
 
 
 @pytest.mark.parametrize(("params", "message"), [
