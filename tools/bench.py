@@ -118,7 +118,8 @@ def fio(row: FioRow, uri: str, seconds: float, size_bytes: int) -> float:
 def check_data(name: str, uri: str) -> None:
     """Write a pattern at random and verify it: a server that answers wrongly is not fast."""
     command = ["fio", "--name=check", "--ioengine=nbd", f"--uri={uri}", "--rw=randwrite", "--bsrange=512-128k",
-               "--iodepth=16", "--size=32m", "--verify=crc32c", "--do_verify=1", "--verify_fatal=1"]
+               "--iodepth=16", "--size=32m", "--verify=crc32c", "--do_verify=1", "--verify_fatal=1",
+               "--verify_state_save=0"]
     outcome = subprocess.run(command, capture_output=True, check=False, timeout=120)
     if outcome.returncode:
         raise SystemExit(f"{name} answers wrongly:\n{outcome.stdout.decode()}{outcome.stderr.decode()}")

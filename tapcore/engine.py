@@ -1,0 +1,464 @@
+"""The engine of a tapdisk: its disks by name, and the control protocol (tapcore.control) that works on them.
+
+Who wants a disk paused, and what follows:
+
+    pinned    a plain `pause`, or a hand-over     until `unpause`
+    holder    the connection of `pause` + hold    until its `unpause` or `handover`, or until it ends
+    closing   `close` or a shutdown               it does not run again
+
+A disk runs when none of these is left. A connection that ends takes its hold with it, whatever ended it, so that
+a program that dies while it holds a disk does not leave a guest waiting.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+import tapcore
+from tapcore.chain import parse
+from tapcore.control import PROTOCOL
+from tapcore.control_server import Call, Connection, ControlServer
+from tapcore.driver import Env, OpenFlag
+from tapcore.drivers.log import Log
+from tapcore.errors import ControlError, UsageError, WritelogError
+from tapcore.nbd.address import parse_address
+from tapcore.nbd.server import NbdServer
+from tapcore.request import Extent
+from tapcore.vbd import PAUSED, RUNNING, Vbd
+from writelog.logstore import forget
+
+logger = logging.getLogger(__name__)
+
+NAME = re.compile(r"[A-Za-z0-9_+@-][A-Za-z0-9_.+@-]{0,63}")
+NAME_HINT = "1 to 64 letters, digits and _ . + @ - are allowed, and no . in front"
+MAP_STEP_BYTES: Final = 1 << 30
+"""Asked of the chain at once."""
+MAP_MAX_EXTENTS: Final = 4096
+"""In one reply."""
+TRY_AGAIN_S: Final = 0.05
+"""Between tries to close a disk whose chain is being replaced."""
+
+
+class Disk:
+    """A vbd, and what the engine adds to it."""
+
+    def __init__(self, vbd: Vbd, server: NbdServer, exports: dict[str, Vbd], lock_fd: int) -> None:
+        self.vbd = vbd
+        self.name = vbd.name
+        self.server = server
+        self.exports = exports
+        """What `server` serves: this disk alone, or all that have no addresses of their own."""
+        self.lock_fd = lock_fd
+        self.pinned = False
+        self.holder: Connection | None = None
+        self.closing = False
+
+    @property
+    def logs(self) -> list[Log]:
+        return [driver for driver in self.vbd.chain.drivers if isinstance(driver, Log)]
+
+
+class Engine:
+    """Disks, and the servers through which they are reached. Everything in the loop's thread.
+
+    Call `listen` when the disks that are there from the start are open, and `shutdown` at the end.
+    """
+
+    def __init__(
+        self,
+        env: Env,
+        *,
+        max_retries: int = 100,
+        retry_interval_s: float = 1.0,
+        on_down: Callable[[], None] = lambda: None,
+    ) -> None:
+        """The retries of failed requests are as for `Vbd`; `on_down()` is called at the end of a shutdown."""
+        self.disks: dict[str, Disk] = {}
+        self.is_down = False
+        self._env = env
+        self._max_retries = max_retries
+        self._retry_interval_s = retry_interval_s
+        self._exports: dict[str, Vbd] = {}
+        self._shared = NbdServer(env, self._exports)
+        self._control = ControlServer(env, self._handle, self._release)
+        self._on_down = on_down
+        self._shutting_down = False
+        self._shutdown_calls: list[Call] = []
+        self._ops: dict[str, Callable[[Call], dict[str, Any] | None]] = {
+            "version": self._version, "list": self._list, "open": self._open, "close": self._close,
+            "pause": self._pause, "unpause": self._unpause, "handover": self._handover, "stats": self._stats,
+            "info": self._info, "map": self._map, "shutdown": self._shutdown,
+        }
+
+    def listen(self) -> Path:
+        """Serve the control protocol; returns the socket. ControlError if that cannot be done."""
+        return self._control.listen()
+
+    def share(self, address: str) -> None:
+        """Listen on an NBD address that reaches by its name every disk that is opened later without an address of
+        its own. UsageError or ControlError if it cannot."""
+        _listen(self._shared, address)
+
+    # Disks
+
+    def open(
+        self, chain: str, name: str | None = None, *, read_only: bool = False, nbd: Sequence[str] = ()
+    ) -> Disk:
+        """Open a disk and serve it: at the NBD addresses `nbd`, which reach it alone, or else at the shared ones,
+        or if there are none at NAME.nbd in the run directory. WritelogError, with nothing left open."""
+        if self._shutting_down:
+            raise ControlError("this tapdisk is shutting down", errno=errno.ESHUTDOWN)
+        name = default_name(chain) if name is None else name
+        if not NAME.fullmatch(name):
+            raise UsageError(f"{name!r} cannot be the name of a disk", hint=NAME_HINT)
+        lock_fd = _lock_name(self._env.run_dir, name)
+        server, exports = self._shared, self._exports
+        try:
+            if nbd or not self._shared.addresses:
+                exports = {}
+                server = NbdServer(self._env, exports)
+                for address in nbd or [f"unix:{self._env.run_dir / name}.nbd"]:
+                    _listen(server, address)
+            vbd = Vbd(self._env, name, max_retries=self._max_retries, retry_interval_s=self._retry_interval_s)
+            vbd.open(chain, OpenFlag.RDONLY if read_only else OpenFlag.NONE)
+        except BaseException:
+            if server is not self._shared:
+                server.close()
+            _unlock_name(self._env.run_dir, name, lock_fd)
+            raise
+        exports[name] = vbd
+        disk = self.disks[name] = Disk(vbd, server, exports, lock_fd)
+        return disk
+
+    def uris(self, disk: Disk) -> list[str]:
+        """The NBD URIs at which a disk is served."""
+        return [replace(parse_address(address), export=disk.name).uri for address in disk.server.addresses]
+
+    def close(self, disk: Disk, done: Callable[[ControlError | None], None], *, forget_logs: bool = False) -> None:
+        """Drain a disk, drop its clients, close it, then `done(error)`. With `forget_logs` the bitmaps of its logs
+        are removed. ControlError, with nothing done, while its chain is being replaced."""
+        vbd = disk.vbd
+
+        def drained() -> None:
+            # The replies of what just ended are sent at the end of this turn, before the clients are dropped.
+            self._env.loop.call_soon(drop)
+
+        def drop() -> None:
+            disk.server.drop(vbd)
+            if disk.server is not self._shared:
+                disk.server.close()
+            logs = [log.log_name for log in disk.logs] if forget_logs else []
+            vbd.close(lambda: closed(logs))
+
+        def closed(logs: list[str]) -> None:
+            failure = None
+            try:
+                for log_name in logs:
+                    forget(self._env.run_dir, log_name)
+            except (WritelogError, OSError) as error:
+                failure = ControlError(f"disk {disk.name!r} is closed, but its logs are still there: {error}")
+            _unlock_name(self._env.run_dir, disk.name, disk.lock_fd)
+            del self.disks[disk.name]
+            done(failure)
+            self._check_shutdown()
+
+        vbd.pause(drained)
+        disk.closing = True
+        del disk.exports[disk.name]
+
+    def shutdown(self) -> None:
+        """Begin to close every disk and every socket. What is in flight is waited for."""
+        self._shutting_down = True
+        for disk in list(self.disks.values()):
+            self._close_when_possible(disk)
+        self._env.loop.call_soon(self._check_shutdown)
+
+    def _close_when_possible(self, disk: Disk) -> None:
+        if disk.closing:
+            return
+        try:
+            self.close(disk, lambda _: None)
+        except ControlError:
+            self._env.loop.call_later(TRY_AGAIN_S, lambda: self._close_when_possible(disk))
+
+    def _check_shutdown(self) -> None:
+        if not self._shutting_down or self.disks or self.is_down:
+            return
+        self.is_down = True
+        self._shared.close()
+        self._control.stop_listening()
+        for call in self._shutdown_calls:
+            call.finish({"pid": os.getpid()})
+        self._control.close()
+        self._on_down()
+
+    # Control
+
+    def _handle(self, call: Call) -> dict[str, Any] | None:
+        """The result, or None if `call` will be answered later. WritelogError if it fails at once."""
+        return self._ops[call.op](call)
+
+    def _find(self, call: Call) -> Disk:
+        name = call.params["disk"]
+        disk = self.disks.get(name)
+        if disk is None:
+            hint = f"there are {', '.join(sorted(self.disks))}" if self.disks else "this tapdisk has none"
+            raise ControlError(f"there is no disk {name!r}", errno=errno.ENOENT, hint=hint)
+        if disk.closing:
+            raise ControlError(f"disk {name!r} is closing", errno=errno.ESHUTDOWN)
+        return disk
+
+    def _version(self, call: Call) -> dict[str, Any]:
+        return {"version": tapcore.__version__, "protocol": PROTOCOL, "pid": os.getpid()}
+
+    def _list(self, call: Call) -> dict[str, Any]:
+        return {"pid": os.getpid(), "disks": [self._summary(disk) for disk in self.disks.values()]}
+
+    def _summary(self, disk: Disk) -> dict[str, Any]:
+        vbd = disk.vbd
+        return {"name": disk.name, "state": vbd.state, "size": vbd.info.size_bytes, "read_only": vbd.read_only,
+                "fenced": vbd.fenced, "clients": disk.server.clients_of(vbd), "chain": vbd.chain.text,
+                "uris": self.uris(disk)}
+
+    def _describe(self, disk: Disk) -> dict[str, Any]:
+        """All about a disk, ready for JSON."""
+        vbd, info = disk.vbd, disk.vbd.info
+        return self._summary(disk) | {
+            "pid": os.getpid(),
+            "sector_bytes": info.sector_bytes,
+            "features": [str(feature.name).lower() for feature in info.features],
+            "in_flight": vbd.in_flight,
+            "waiting": vbd.waiting,
+            "pinned": disk.pinned,
+            "holder": disk.holder.peer if disk.holder else None,
+            "nbd": list(disk.server.addresses),
+            "logs": [{"name": log.log_name, "socket": str(log.socket_path)} for log in disk.logs],
+        }
+
+    def _info(self, call: Call) -> dict[str, Any]:
+        return self._describe(self._find(call))
+
+    def _stats(self, call: Call) -> dict[str, Any]:
+        disks = [self._find(call)] if "disk" in call.params else self.disks.values()
+        return {"disks": {disk.name: disk.vbd.stats() for disk in disks}}
+
+    def _open(self, call: Call) -> dict[str, Any]:
+        params = call.params
+        return self._describe(self.open(params["chain"], params.get("name"), nbd=params.get("nbd", ()),
+                                       read_only=params.get("read_only", False)))
+
+    def _close(self, call: Call) -> None:
+        disk = self._find(call)
+        if disk.holder not in (None, call.connection):
+            raise _held(disk)
+
+        def closed(error: ControlError | None) -> None:
+            if error is None:
+                call.finish({"disk": disk.name})
+            else:
+                call.fail(error)
+
+        self.close(disk, closed, forget_logs=call.params.get("forget", False))
+
+    def _shutdown(self, call: Call) -> None:
+        self._shutdown_calls.append(call)
+        self.shutdown()
+
+    # Pausing
+
+    def _pause(self, call: Call) -> None:
+        disk = self._find(call)
+        hold = call.params.get("hold", False)
+        if hold and disk.holder not in (None, call.connection):
+            raise _held(disk)
+        if hold and call.connection.ended:
+            raise ControlError("the connection that is to hold the disk has ended", errno=errno.ENOTCONN)
+
+        def paused() -> None:
+            if disk.vbd.state == PAUSED:
+                call.finish({"state": PAUSED})
+            else:
+                call.fail(ControlError(f"disk {disk.name!r} was to go on, or to close, before it had paused",
+                                       errno=errno.ECANCELED))
+
+        disk.vbd.pause(paused)
+        if hold:
+            disk.holder = call.connection
+        else:
+            disk.pinned = True
+
+    def _unpause(self, call: Call) -> dict[str, Any] | None:
+        disk = self._find(call)
+        vbd = disk.vbd
+        force = call.params.get("force", False)
+        own = disk.holder is call.connection and not force
+        if vbd.fenced and not force:
+            raise ControlError(f"disk {disk.name!r} was {vbd.fenced}", errno=errno.EPERM,
+                               hint="writing to it again parts it from its copy: only by force")
+        if disk.holder is not None and not own and not force:
+            raise _held(disk)
+        if "chain" not in call.params:
+            self._let_go(disk, own, force)
+            return {"state": vbd.state}
+
+        def replaced(error: WritelogError | None) -> None:
+            try:
+                if error is not None:
+                    raise error
+                self._let_go(disk, own, force)
+                call.finish({"state": vbd.state})
+            except WritelogError as failure:
+                call.fail(failure)
+                self._settle(disk)
+
+        vbd.replace_chain(call.params["chain"], replaced)
+        return None
+
+    def _let_go(self, disk: Disk, own: bool, force: bool) -> None:
+        """End the connection's `own` hold, or else every reason for a pause, and let the disk go on if none is
+        left. ControlError if it cannot, with nothing changed."""
+        if disk.vbd.state != RUNNING and not (own and disk.pinned):
+            disk.vbd.resume()
+        disk.holder = None
+        if not own:
+            disk.pinned = False
+        if force:
+            disk.vbd.fenced = None
+
+    def _settle(self, disk: Disk) -> None:
+        """Let a disk go on that nobody wants paused any more."""
+        if disk.pinned or disk.holder is not None or disk.closing or disk.vbd.state == RUNNING:
+            return
+        try:
+            disk.vbd.resume()
+        except ControlError as error:
+            logger.error("%s: cannot go on: %s", disk.name, error)
+
+    def _release(self, connection: Connection) -> None:
+        """A connection has ended, and with it what it held."""
+        for disk in self.disks.values():
+            if disk.holder is connection:
+                logger.warning("%s: %s, which held it, has gone", disk.name, connection.peer)
+                disk.holder = None
+                self._settle(disk)
+
+    def _handover(self, call: Call) -> dict[str, Any]:
+        disk = self._find(call)
+        vbd = disk.vbd
+        if disk.holder is not call.connection or vbd.state != PAUSED:
+            raise ControlError(f"disk {disk.name!r} is not held by this connection", errno=errno.EPERM,
+                               hint="pause it with hold first")
+        if vbd.fenced:
+            raise ControlError(f"disk {disk.name!r} was {vbd.fenced} already", errno=errno.EPERM)
+        vbd.fenced = f"handed over to {call.params['to']}"
+        disk.pinned = True
+        disk.holder = None
+        logger.warning("%s: %s", disk.name, vbd.fenced)
+        return {"fenced": vbd.fenced}
+
+    # The map
+
+    def _map(self, call: Call) -> dict[str, Any] | None:
+        vbd = self._find(call).vbd
+        size_bytes = vbd.info.size_bytes
+        offset = call.params.get("offset", 0)
+        length = call.params.get("length", max(0, size_bytes - offset))
+        if offset + length > size_bytes:
+            raise ControlError(f"{length} bytes at {offset} are not all on the disk, which has {size_bytes}",
+                               errno=errno.EINVAL)
+        _MapReader(self._env, vbd, call, offset, offset + length).step()
+        return None
+
+
+class _MapReader:
+    """Asks for the block status of [offset, stop) piece by piece, between which the guest has its turn."""
+
+    def __init__(self, env: Env, vbd: Vbd, call: Call, offset: int, stop: int) -> None:
+        self._loop = env.loop
+        self._vbd = vbd
+        self._call = call
+        self._at = offset
+        self._stop = stop
+        self._extents: list[tuple[int, int, int]] = []
+
+    def step(self) -> None:
+        if self._at == self._stop or len(self._extents) >= MAP_MAX_EXTENTS:
+            self._call.finish({"extents": self._extents, "next": self._at if self._at < self._stop else None})
+        else:
+            self._vbd.status_map(self._at, min(MAP_STEP_BYTES, self._stop - self._at), self._add)
+
+    def _add(self, code: int, extents: list[Extent]) -> None:
+        if code or not extents:
+            self._call.fail(ControlError(f"no block status at {self._at}: {os.strerror(code or errno.EIO)}",
+                                         errno=code or errno.EIO))
+            return
+        for length, flags in extents[:MAP_MAX_EXTENTS]:
+            last = self._extents[-1] if self._extents else None
+            if last is not None and last[2] == flags:
+                self._extents[-1] = (last[0], last[1] + length, flags)
+            else:
+                self._extents.append((self._at, length, flags))
+            self._at += length
+        self._loop.call_soon(self.step)
+
+
+def default_name(chain: str) -> str:
+    """A disk's name from its chain: the last component of the leaf's path, with what a name may not have replaced
+    by '_'. ChainError if the chain makes no sense."""
+    params = parse(chain)[-1].params
+    name = re.sub(r"[^A-Za-z0-9_.+@-]", "_", Path(params).name)[:64]
+    return f"_{name[1:]}" if name.startswith(".") else name
+
+
+def _listen(server: NbdServer, address: str) -> None:
+    """UsageError or ControlError if it cannot."""
+    try:
+        address.encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"{address!r} cannot be written as a URI", hint="use a path of UTF-8") from None
+    server.listen(address)
+
+
+def _held(disk: Disk) -> ControlError:
+    assert disk.holder is not None
+    return ControlError(f"disk {disk.name!r} is held by {disk.holder.peer}", errno=errno.EBUSY,
+                        hint="wait for it, or end it: the disk goes on then")
+
+
+def _lock_name(run_dir: Path, name: str) -> int:
+    """Make `name` this process's among all that share the run directory; the lock ends with the process.
+    ControlError if another has it."""
+    path = run_dir / f"{name}.lock"
+    while True:
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        except OSError as error:
+            raise ControlError(f"cannot take the name {name!r}: {error.strerror}", errno=error.errno,
+                               path=str(path)) from error
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.stat().st_ino == os.fstat(fd).st_ino:
+                os.ftruncate(fd, 0)
+                os.write(fd, f"{os.getpid()}\n".encode())
+                return fd
+        except BlockingIOError:
+            owner = os.pread(fd, 20, 0).decode(errors="replace").strip()
+            os.close(fd)
+            raise ControlError(f"there is a disk {name!r} already, of tapdisk {owner}", errno=errno.EEXIST,
+                               hint="close it there, or give this one another name") from None
+        except FileNotFoundError:
+            logger.debug("%s was removed while it was being locked", path)
+        os.close(fd)
+
+
+def _unlock_name(run_dir: Path, name: str, lock_fd: int) -> None:
+    (run_dir / f"{name}.lock").unlink(missing_ok=True)
+    os.close(lock_fd)
