@@ -258,7 +258,8 @@ def demonstrate(folder: Path, options: argparse.Namespace) -> None:
         check_writes(copy, dict(writer.acknowledged))
         say("5. the writer goes on at the replica")
         writer.follow(f"nbd+unix:///demo?socket={folder / 'copy.nbd'}")
-        run(sys.executable, "-m", "tapcore.tapctl", "--run-dir", str(run_dir), "close", "demo")
+        run(sys.executable, "-m", "tapcore.tapctl", "--run-dir", str(run_dir), "close",
+            "--forget", "demo")
         primary.terminate()
         time.sleep(1)
         writer.stop()
