@@ -1,0 +1,94 @@
+"""The planner: figures in, decision out."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from writelog.plan import Action, Improvement, Limits, Meter, Outlook, decide, flush_estimate_s, size_text
+
+MB = 1_000_000
+LIMITS = Limits(downtime_s=0.3, patience_s=60, max_pause_s=10)
+CALM = Outlook(elapsed_s=5, first_pass_done=True, remaining_bytes=10 * MB, send_rate=100e6, dirty_rate=1e6,
+               round_trip_s=0.01, flush_s=0.05)
+
+
+def test_switches_when_the_pause_fits() -> None:
+    assert CALM.pause_s == pytest.approx(0.16)
+    assert decide(CALM, LIMITS).action == Action.SWITCH
+
+
+@pytest.mark.parametrize("change", [
+    {"remaining_bytes": 26 * MB}, {"send_rate": 30e6}, {"round_trip_s": 0.2}, {"flush_s": 0.2},
+    {"first_pass_done": False},
+])
+def test_copies_on_when_it_does_not_fit(change: dict[str, Any]) -> None:
+    assert decide(replace(CALM, **change), LIMITS).action == Action.COPY
+
+
+def test_an_unmeasured_rate_is_assumed() -> None:
+    assert decide(replace(CALM, send_rate=None), LIMITS).action == Action.SWITCH
+    assert decide(replace(CALM, send_rate=None, remaining_bytes=40 * MB), LIMITS).action == Action.COPY
+
+
+def test_gives_up_when_it_does_not_converge_and_says_why() -> None:
+    hopeless = replace(CALM, remaining_bytes=500 * MB, dirty_rate=120e6, unimproved_s=61)
+    decision = decide(hopeless, LIMITS)
+    assert decision.action == Action.GIVE_UP
+    for figure in ("114.4 MiB/s are written", "95.4 MiB/s are sent", "476.8 MiB remain", "5.06 s"):
+        assert figure in decision.reason
+    assert "--downtime 6.1" in decision.hint
+    assert decide(replace(hopeless, unimproved_s=59), LIMITS).action == Action.COPY
+    assert hopeless.eta_s is None
+    assert CALM.eta_s == pytest.approx(10 / 99)
+
+
+def test_gives_up_when_the_time_is_over_whatever_else() -> None:
+    limits = replace(LIMITS, max_time_s=4)
+    assert decide(CALM, limits).action == Action.GIVE_UP
+    assert decide(replace(CALM, first_pass_done=False), limits).action == Action.GIVE_UP
+    assert decide(replace(CALM, paused_s=0.1), limits).action == Action.GIVE_UP
+    assert decide(replace(CALM, elapsed_s=3), limits).action == Action.SWITCH
+
+
+def test_breaks_a_long_pause_off_and_gives_up_after_several() -> None:
+    assert decide(replace(CALM, paused_s=9), LIMITS).action == Action.COPY
+    assert decide(replace(CALM, paused_s=11), LIMITS).action == Action.RESUME
+    assert decide(replace(CALM, failed_pauses=2), LIMITS).action == Action.SWITCH
+    assert decide(replace(CALM, failed_pauses=3), LIMITS).action == Action.GIVE_UP
+
+
+def test_a_flush_of_less_is_estimated_in_proportion() -> None:
+    assert flush_estimate_s(2.0, 100, 25) == 0.5
+    assert flush_estimate_s(2.0, 100, 1000) == 2.0
+    assert flush_estimate_s(2.0, 0, 10) == 2.0
+
+
+def test_improvement_counts_from_the_last_noticeable_one() -> None:
+    improvement = Improvement()
+    assert improvement.unimproved_s(10, 5.0) == 0
+    assert improvement.unimproved_s(12, 4.9) == 2
+    assert improvement.unimproved_s(15, 4.0) == 0
+    assert improvement.unimproved_s(20, 6.0) == 5
+
+
+def test_meter_measures_over_its_window() -> None:
+    meter = Meter(2.0)
+    assert meter.rate is None
+    meter.feed(0, 0)
+    assert meter.rate is None
+    for second in range(1, 6):
+        meter.feed(second, 100 * second)
+    assert meter.rate == 100
+    meter.feed(6, 500)
+    meter.feed(7, 500)
+    assert meter.rate == 0
+
+
+@pytest.mark.parametrize(("size_bytes", "text"), [
+    (0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (5 << 30, "5.0 GiB"), (3 << 41, "6.0 TiB"),
+])
+def test_sizes_for_people(size_bytes: int, text: str) -> None:
+    assert size_text(size_bytes) == text

@@ -1,0 +1,69 @@
+"""Keys, addresses and the arguments of writelog-replica."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tapcore.errors import UsageError
+from writelog import replica, sync_transport
+from writelog.sync_transport import create_keys, load_authorized, load_keys
+
+
+def test_keys_are_for_the_owner_alone_and_load(tmp_path: Path) -> None:
+    public, secret = create_keys(tmp_path / "keys", "one")
+    assert secret.stat().st_mode & 0o077 == 0
+    keys = load_keys(secret)
+    assert load_authorized(public) == load_authorized(tmp_path / "keys") == {keys.public}
+    with pytest.raises(UsageError, match="already"):
+        create_keys(tmp_path / "keys", "one")
+    with pytest.raises(UsageError, match="no secret key"):
+        load_keys(public)
+
+
+@pytest.mark.parametrize("text", ["", "rubbish", "curve\n    public-key = \"tooshort\"\n"])
+def test_bad_key_files_are_named(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "bad.key"
+    path.write_text(text)
+    with pytest.raises(UsageError, match=r"bad\.key"):
+        load_keys(path)
+    with pytest.raises(UsageError, match=r"missing\.key"):
+        load_keys(tmp_path / "missing.key")
+    with pytest.raises(UsageError, match=r"no \*\.key"):
+        (tmp_path / "empty").mkdir()
+        load_authorized(tmp_path / "empty")
+
+
+@pytest.mark.parametrize("endpoint", ["tcp://127.0.0.1:5", "tcp://localhost:5", "tcp://[::1]:5", "ipc:///tmp/x"])
+def test_loopback_needs_no_keys(endpoint: str) -> None:
+    sync_transport.check_endpoint(endpoint, secured=False, insecure=False)
+
+
+@pytest.mark.parametrize("endpoint", ["tcp://192.0.2.7:5", "tcp://*:5", "tcp://0.0.0.0:5", "tcp://[2001:db8::1]:5"])
+def test_other_hosts_need_keys(endpoint: str) -> None:
+    with pytest.raises(UsageError, match="--key"):
+        sync_transport.check_endpoint(endpoint, secured=False, insecure=False)
+    sync_transport.check_endpoint(endpoint, secured=True, insecure=False)
+    sync_transport.check_endpoint(endpoint, secured=False, insecure=True)
+
+
+@pytest.mark.parametrize("endpoint", ["", "host:5", "tcp://host", "tcp://:5", "udp://host:5", "tcp://host:99999999"])
+def test_bad_addresses_are_refused(endpoint: str) -> None:
+    with pytest.raises(UsageError, match="no address"):
+        sync_transport.check_endpoint(endpoint, secured=True, insecure=True)
+
+
+@pytest.mark.parametrize(("arguments", "code", "text"), [
+    (["--listen", "tcp://127.0.0.1:0", "nosuch:x"], 1, "unknown driver"),
+    (["--listen", "tcp://192.0.2.7:1", "ram:4096"], 2, "--key"),
+    (["--listen", "tcp://127.0.0.1:0", "--key", "/missing", "--authorized", "/x", "ram:4096"], 2, "/missing"),
+    (["keygen", "/proc/nowhere"], 2, "/proc/nowhere"),
+])
+def test_command_says_what_is_wrong(
+    arguments: list[str], code: int, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert replica.main(arguments) == code
+    line = capsys.readouterr().err
+    assert text in line
+    assert line.count("\n") == 1

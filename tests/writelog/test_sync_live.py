@@ -1,0 +1,214 @@
+"""Whole replications in processes of their own: a guest that always writes, and processes that are killed."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+from processes import Tapdisk, read_line
+
+from tapcore.nbd.client import NbdClient, NbdError
+from tapcore.nbd.wire import NBD_CMD_READ
+from writelog.client import LogClient
+
+SIZE_BYTES = 48 << 20
+WAIT_S = 30
+SLOW = "delay:write=500|"
+"""Below a replica: the first pass takes 1 s, as 16 MiB are applied at once."""
+
+
+class Guest:
+    """Writes here and there until the disk does not answer any more."""
+
+    def __init__(self, uri: str) -> None:
+        self.writes = 0
+        self.unexpected: list[BaseException] = []
+        self._uri = uri
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        random = Random(3)
+        try:
+            with NbdClient(self._uri, timeout_s=WAIT_S) as client:
+                while not self._stopping.is_set():
+                    hot = random.random() < 0.7
+                    offset = random.randrange((1 << 20 if hot else SIZE_BYTES) // 512 - 64) * 512
+                    length = random.randrange(1, 64) * 512
+                    if random.random() < 0.1:
+                        client.zeroes(offset, length)
+                    else:
+                        client.write(offset, random.randbytes(length))
+                    self.writes += 1
+                    self._stopping.wait(0.0005)
+        except NbdError as error:
+            if error.errno not in (errno.ESHUTDOWN, errno.ECONNRESET, errno.EPIPE):
+                self.unexpected.append(error)
+        except BaseException as error:
+            self.unexpected.append(error)
+
+    def wrote_more(self) -> bool:
+        """Whether writes still end."""
+        before = self.writes
+        for _ in range(50):
+            if self.writes > before + 5:
+                return True
+            self._stopping.wait(0.02)
+        return False
+
+    def stop(self) -> None:
+        self._stopping.set()
+        self._thread.join(WAIT_S)
+        assert not self._thread.is_alive()
+        assert not self.unexpected, self.unexpected
+
+
+class Command:
+    """A process of this project."""
+
+    def __init__(self, module: str, *arguments: str) -> None:
+        self.process = subprocess.Popen([sys.executable, "-m", module, *arguments],
+                                        stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    def event(self, match: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+        """The next --json event that matches."""
+        while True:
+            event: dict[str, Any] = json.loads(read_line(self.process))
+            if match(event):
+                return event
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.communicate(timeout=WAIT_S)
+
+    def end(self) -> tuple[int, str, str]:
+        """Wait for it; its exit code, and what it has still said."""
+        out, err = self.process.communicate(timeout=WAIT_S)
+        return self.process.returncode, out.decode(), err.decode()
+
+
+class Pair:
+    """A primary with a guest, and what is to be its replica."""
+
+    def __init__(self, folder: Path, serve: Callable[..., Tapdisk]) -> None:
+        self.image, self.copy = folder / "a.img", folder / "b.img"
+        self.image.write_bytes(Random(4).randbytes(SIZE_BYTES // 2))
+        os.truncate(self.image, SIZE_BYTES)
+        self.copy.touch()
+        os.truncate(self.copy, SIZE_BYTES)
+        self.tapdisk = serve(f"log:|delay:write=1|aio:{self.image}", "--name", "vm1")
+        self.guest = Guest(self.tapdisk.uri)
+        self.commands: list[Command] = []
+        self.endpoint = ""
+
+    def replica(self, below: str = "", *options: str) -> Command:
+        command = Command("writelog.replica", "--listen", self.endpoint or "tcp://127.0.0.1:0", *options,
+                          f"{below}aio:{self.copy}")
+        self.commands.append(command)
+        self.endpoint = read_line(command.process).split()[-1]
+        return command
+
+    def sync(self, *options: str) -> Command:
+        command = Command("writelog.sync", "--run-dir", str(self.tapdisk.run_dir), "--json", *options, "vm1",
+                          self.endpoint)
+        self.commands.append(command)
+        return command
+
+    def dirty_bytes(self) -> int:
+        with LogClient(next(self.tapdisk.run_dir.glob("log__*.ctl"))) as log:
+            figures = log.stat()
+            assert figures.leased_blocks == 0
+            return figures.dirty_blocks * figures.granularity_bytes
+
+    def images_are_equal(self) -> bool:
+        """End all processes first."""
+        self.close()
+        return self.image.read_bytes() == self.copy.read_bytes()
+
+    def close(self) -> None:
+        for command in self.commands:
+            if command.process.poll() is None:
+                command.process.send_signal(signal.SIGTERM)
+                command.end()
+        self.tapdisk.stop()
+        self.guest.stop()
+
+
+@pytest.fixture
+def pair(tmp_path: Path, serve: Callable[..., Tapdisk]) -> Iterator[Pair]:
+    pair = Pair(tmp_path, serve)
+    yield pair
+    pair.close()
+
+
+def test_a_busy_disk_moves_and_its_clients_find_it_at_the_replica(pair: Pair, tmp_path: Path) -> None:
+    replica = pair.replica("delay:write=100|", "--nbd", f"unix:{tmp_path}/nbd", "--name", "vm1")
+    client = NbdClient(f"nbd+unix:///vm1?socket={tmp_path}/nbd", timeout_s=WAIT_S)
+    client.submit(NBD_CMD_READ, 0, 1 << 20)
+    code, out, err = pair.sync().end()
+    assert code == 0, err
+    report = json.loads(out.splitlines()[-1])
+    _, error, data = client.wait()
+    assert error == 0
+    client.close()
+    assert report["state"] == "done"
+    assert report["extra_bytes"] > 0
+    assert report["pause_s"] < 5
+    assert replica.process.poll() is None
+    assert pair.guest.writes > 50
+    assert not pair.guest.wrote_more()
+    assert pair.images_are_equal()
+    assert isinstance(data, bytearray)
+    assert pair.copy.read_bytes().startswith(data)
+
+
+def test_a_killed_sync_loses_nothing(pair: Pair) -> None:
+    replica = pair.replica(SLOW, "--once")
+    first = pair.sync()
+    first.event(lambda event: event.get("sent_bytes", 0) > 0)
+    first.kill()
+    assert pair.guest.wrote_more()
+    assert pair.dirty_bytes() > SIZE_BYTES // 4
+    code, _, err = pair.sync("--verify", "--downtime", "5").end()
+    assert code == 0, err
+    assert replica.end()[0] == 0
+    assert pair.images_are_equal()
+
+
+def test_a_killed_replica_stops_the_sync_and_not_the_guest(pair: Pair) -> None:
+    replica = pair.replica(SLOW)
+    sync = pair.sync("--peer-timeout", "1")
+    sync.event(lambda event: event.get("sent_bytes", 0) > 0)
+    replica.kill()
+    code, out, err = sync.end()
+    assert code == 1
+    assert "start the replica again, then the sync" in err
+    assert json.loads(out.splitlines()[-1])["state"] == "failed"
+    assert pair.guest.wrote_more()
+    assert pair.dirty_bytes() > SIZE_BYTES // 4
+    pair.replica()
+    code, _, err = pair.sync().end()
+    assert code == 0, err
+    assert pair.images_are_equal()
+
+
+def test_a_sync_killed_during_the_pause_lets_the_guest_go_on(pair: Pair) -> None:
+    pair.replica("delay:flush=500|")
+    sync = pair.sync("--downtime", "30")
+    sync.event(lambda event: event["state"] == "switching")
+    sync.kill()
+    assert pair.guest.wrote_more()
+    code, _, err = pair.sync("--keep-running", "--downtime", "30").end()
+    assert code == 0, err
+    assert pair.guest.wrote_more()

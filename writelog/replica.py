@@ -1,0 +1,155 @@
+"""`writelog-replica`: receives a disk from `writelog-sync`, and becomes the primary at the switch-over."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from tapcore.driver import Env
+from tapcore.errors import UsageError, WritelogError
+from tapcore.loop import Loop
+from tapcore.nbd.server import NbdServer
+from tapcore.vbd import Vbd
+from tapcore.workers import Workers
+from writelog.replica_server import ReplicaServer
+from writelog.sync_transport import check_endpoint, create_keys, load_authorized, load_keys
+
+DESCRIPTION = """\
+Receive a disk from writelog-sync into CHAIN, which must exist and be as large as the disk. Until the switch-over
+the export's clients can connect, and their requests wait; then they are served. One sync at a time."""
+
+EXAMPLES = """\
+examples:
+  truncate -s 20G /vm/copy.img
+  writelog-replica --listen tcp://127.0.0.1:5599 --nbd unix:/run/copy.sock aio:/vm/copy.img
+
+  between hosts, with keys (each host gets the other's public .key):
+  writelog-replica keygen /etc/writelog --name replica
+  writelog-replica --listen tcp://192.0.2.7:5599 --key /etc/writelog/replica.key_secret \\
+                   --authorized /etc/writelog/syncs.d aio:/vm/copy.img
+"""
+
+
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="writelog-replica", description=DESCRIPTION, epilog=EXAMPLES,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("chain", metavar="CHAIN", help="where to write, such as aio:/vm/copy.img")
+    parser.add_argument("--listen", required=True, metavar="tcp://HOST:PORT",
+                        help="where the sync connects to; port 0 takes a free one, which is printed")
+    parser.add_argument("--nbd", metavar="ADDR",
+                        help="serve the disk here after the switch-over (unix:/path or tcp:127.0.0.1:10809)")
+    parser.add_argument("--name", default="replica", help="the disk's name in its export (default: %(default)s)")
+    parser.add_argument("--key", type=Path, metavar="FILE",
+                        help="this replica's secret key: encrypt and authenticate")
+    parser.add_argument("--authorized", type=Path, metavar="PATH",
+                        help="with --key: the public key of the sync, or a directory of such *.key files")
+    parser.add_argument("--insecure", action="store_true", help="listen beyond this machine without keys")
+    parser.add_argument("--peer-timeout", type=float, default=10.0, metavar="S",
+                        help="a sync that is silent for so long is gone (default: %(default)g s)")
+    parser.add_argument("--once", action="store_true",
+                        help="exit after one sync: 0 if its copy was confirmed, 1 if not; a promoted disk "
+                             "with --nbd is served until SIGTERM")
+    parser.add_argument("-v", "--verbose", action="store_true", help="tell more")
+    options = parser.parse_args(arguments)
+    if (options.key is None) != (options.authorized is None):
+        parser.error("--key and --authorized go together")
+    return options
+
+
+def keygen(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="writelog-replica keygen",
+                                     description="Make a CURVE key pair: NAME.key (public) and NAME.key_secret.")
+    parser.add_argument("directory", type=Path, metavar="DIR")
+    parser.add_argument("--name", default="writelog", help="base name of the two files (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    for path in create_keys(options.directory, options.name):
+        print(path)
+    return 0
+
+
+class Replica:
+    """The process: a loop, a paused disk, its export and the replica's socket."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.status = 0
+        self._options = options
+        self._loop = Loop()
+        self._workers = Workers(self._loop)
+        self._env = Env(self._loop, self._workers)
+        self._vbd = Vbd(self._env, options.name)
+        self._nbd = NbdServer(self._env, {options.name: self._vbd})
+        self._server: ReplicaServer | None = None
+        self._stopping = False
+
+    def run(self) -> int:
+        """Serve until SIGTERM or SIGINT, or with --once one sync; WritelogError if it cannot start."""
+        options = self._options
+        keys = load_keys(options.key) if options.key else None
+        authorized = load_authorized(options.authorized) if options.authorized else frozenset()
+        check_endpoint(options.listen, keys is not None, options.insecure)
+        self._vbd.open(options.chain)
+        self._vbd.pause(lambda: None)
+        try:
+            export = self._nbd.listen(options.nbd) if options.nbd else ""
+            self._server = ReplicaServer(self._env, self._vbd, export, keys=keys, authorized=authorized,
+                                         peer_timeout_s=options.peer_timeout, on_end=self._on_end)
+            print(f"listening on {self._server.listen(options.listen)}", flush=True)
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, lambda *_: self._loop.call_threadsafe(self.stop))
+            self._loop.run()
+        finally:
+            if self._server is not None and not self._stopping:
+                self._server.close(lambda: None)
+            self._nbd.close()
+            if self._vbd.state != "closed":
+                self._vbd.close(lambda: None)
+            self._workers.close()
+        return self.status
+
+    def stop(self) -> None:
+        """Close the socket, let what is in flight end, close the disk, leave the loop."""
+        if self._stopping:
+            return
+        self._stopping = True
+        assert self._server is not None
+        self._server.close(lambda: self._vbd.close(self._loop.stop))
+
+    def _on_end(self, succeeded: bool) -> None:
+        if not self._options.once:
+            return
+        assert self._server is not None
+        if self._server.promoted and self._options.nbd:
+            return
+        self.status = 0 if succeeded else 1
+        self._loop.call_soon(self.stop)
+
+
+def run_command(command: Callable[[], int], name: str) -> int:
+    """The exit code of `command`; an error is one line on stderr, with 2 for bad usage and 1 otherwise."""
+    try:
+        return command()
+    except UsageError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 2
+    except WritelogError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 1
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns the exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments and arguments[0] == "keygen":
+        return run_command(lambda: keygen(arguments[1:]), "writelog-replica")
+    options = parse_arguments(arguments)
+    logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING,
+                        format="writelog-replica: %(message)s")
+    return run_command(lambda: Replica(options).run(), "writelog-replica")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

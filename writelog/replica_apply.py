@@ -1,0 +1,140 @@
+"""Applies extents to a chain: as many at once as come, but overlapping ones one after the other.
+
+Two writes in flight have no order between them, and a hot block can come again while its former version is still
+on its way to the disk. So the extents queue up, and the first one starts only when nothing that it overlaps is in
+flight. All of it runs in the loop's thread.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+from tapcore.driver import Driver, Feature
+from tapcore.request import FLUSH, READ, WRITE, ZEROES, Request
+
+MAX_IN_FLIGHT_BYTES = 16 << 20
+MAX_IN_FLIGHT = 256
+ZERO_PIECE = memoryview(bytes(1 << 20))
+"""What is written where a chain has no zeroes operation of its own."""
+
+Done = Callable[[int], None]
+"""Called with 0 or an errno."""
+
+
+class Job:
+    """One request on its way."""
+
+    __slots__ = ("done", "end", "request")
+
+    def __init__(self, request: Request, done: Done) -> None:
+        self.request = request
+        self.end = request.offset + request.length
+        self.done = done
+
+
+class Applier:
+    """Writes, zeroes and flushes for `head`. `queued_bytes` counts payload that has not ended yet."""
+
+    def __init__(self, head: Driver) -> None:
+        self._head = head
+        self._queue: deque[Job] = deque()
+        self._flying: dict[Request, Job] = {}
+        self._flying_bytes = 0
+        self._idle_waiters: list[Callable[[], None]] = []
+        self._starting = False
+        self.queued_bytes = 0
+
+    def write(self, offset: int, data: memoryview, done: Done) -> None:
+        """Queue a write of `data`, which must not change before `done(errno)`."""
+        self._append(Job(Request(WRITE, offset, len(data), (data,), done=self._request_done), done))
+
+    def zero(self, offset: int, length: int, done: Done) -> None:
+        """Queue what makes the range read as zeroes, as a hole where the chain can."""
+        if self._head.info.features & Feature.ZEROES:
+            request = Request(ZEROES, offset, length, done=self._request_done)
+        else:
+            whole, rest = divmod(length, len(ZERO_PIECE))
+            iov = [ZERO_PIECE] * whole + ([ZERO_PIECE[:rest]] if rest else [])
+            request = Request(WRITE, offset, length, iov, done=self._request_done)
+        self._append(Job(request, done))
+
+    def flush(self, done: Done) -> None:
+        """Make all that has ended durable, then `done(errno)`. It waits for nothing that is under way."""
+        self._start(Job(Request(FLUSH, done=self._request_done), done))
+        self._head.submit()
+
+    def read(self, offset: int, buffer: memoryview, done: Done) -> None:
+        """Fill `buffer` from `offset`, then `done(errno)`. In no order with writes."""
+        self._start(Job(Request(READ, offset, len(buffer), (buffer,), done=self._request_done), done))
+        self._head.submit()
+
+    def drop_queued(self) -> None:
+        """Forget what has not started; its `done` is not called."""
+        self.queued_bytes -= sum(job.request.length for job in self._queue)
+        self._queue.clear()
+        self._check_idle()
+
+    def when_idle(self, action: Callable[[], None]) -> None:
+        """`action()` once nothing is queued or in flight."""
+        self._idle_waiters.append(action)
+        self._check_idle()
+
+    @property
+    def is_idle(self) -> bool:
+        return not self._queue and not self._flying
+
+    def _append(self, job: Job) -> None:
+        self._queue.append(job)
+        self.queued_bytes += job.request.length
+
+    def start(self) -> None:
+        """Start what is queued, as far as it may. To be called after a batch was queued."""
+        if self._starting:
+            return
+        self._starting = True
+        queue = self._queue
+        started = False
+        while queue and self._may_start(queue[0]):
+            job = queue.popleft()
+            started = True
+            self._start(job)
+        self._starting = False
+        if started:
+            self._head.submit()
+
+    def _may_start(self, job: Job) -> bool:
+        flying = self._flying
+        if not flying:
+            return True
+        if self._flying_bytes >= MAX_IN_FLIGHT_BYTES or len(flying) >= MAX_IN_FLIGHT:
+            return False
+        start, end = job.request.offset, job.end
+        return all(other.end <= start or end <= other.request.offset for other in flying.values())
+
+    def _start(self, job: Job) -> None:
+        request = job.request
+        self._flying[request] = job
+        self._flying_bytes += request.length
+        head = self._head
+        queue = (head.queue_read, head.queue_write, head.queue_flush, None, head.queue_zeroes)[request.op]
+        assert queue is not None
+        if queue(request):
+            self._end(request)
+
+    def _request_done(self, request: Request) -> None:
+        self._end(request)
+        self.start()
+
+    def _end(self, request: Request) -> None:
+        job = self._flying.pop(request)
+        self._flying_bytes -= request.length
+        if request.op in (WRITE, ZEROES):
+            self.queued_bytes -= request.length
+        job.done(request.error)
+        self._check_idle()
+
+    def _check_idle(self) -> None:
+        while self._idle_waiters and self.is_idle:
+            self._idle_waiters.pop(0)()
+

@@ -1,0 +1,250 @@
+"""The replica's socket: takes connections in, gives messages to the one session, applies nothing itself.
+
+One sync at a time. A zmq ROUTER names each connection by an identity; the monitor says when a connection ends, by
+its descriptor, which every message carries too. So a sync that was killed makes room at once, and one whose link
+dropped comes back with its session's id and goes on.
+
+The zmq descriptor is edge-triggered: it tells once that something happened, and every call on the socket can use
+that up. So the socket is drained until it has nothing more, whenever the descriptor shows and after every send.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Final
+
+import zmq
+
+from tapcore.driver import Env
+from tapcore.errors import ReplicationError, UsageError, WritelogError
+from tapcore.vbd import Vbd
+from writelog.replica_apply import Applier
+from writelog.replica_session import CREDIT_BYTES, OPEN, WAITING, Session
+from writelog.sync_transport import Gate, Keys, monitor_events, prepare, serve_curve
+from writelog.wire import VERSION, Failure, Hello, Message, Refusal, Refused, decode, encode
+
+logger = logging.getLogger(__name__)
+
+BATCH_MESSAGES: Final = 64
+"""Messages taken before the loop serves others."""
+MAX_QUEUED_BYTES: Final = 2 * CREDIT_BYTES
+"""Payload on its way to the disk beyond which the socket is left alone."""
+SEND_QUEUE_MESSAGES: Final = 1000
+LAST_ANSWER_MS: Final = 500
+"""How long a socket that is closed still tries to deliver the last answer."""
+
+
+class ReplicaServer:
+    """Serves syncs for `vbd`, which is open and paused; `export` is what PROMOTED tells.
+
+    `on_end(succeeded)` is called when a session ended for good: released, promoted or failed, or gone for
+    `peer_timeout_s` after its link dropped.
+    """
+
+    def __init__(self, env: Env, vbd: Vbd, export: str = "", *, keys: Keys | None = None,
+                 authorized: frozenset[bytes] = frozenset(), peer_timeout_s: float = 10.0,
+                 on_end: Callable[[bool], None] | None = None) -> None:
+        self.promoted = False
+        self.endpoint = ""
+        self._env = env
+        self._vbd = vbd
+        self._export = export
+        self._on_end = on_end
+        self._peer_timeout_s = peer_timeout_s
+        self._applier = Applier(vbd.chain.head)
+        self._session: Session | None = None
+        self._identity = b""
+        self._fd = -1
+        self._session_id = b""
+        self._confirmed: bytes | None = None
+        self._draining = False
+        self._wake_due = False
+        self._context = zmq.Context()
+        self._gate = Gate(self._context, authorized) if keys is not None else None
+        self._socket = self._context.socket(zmq.ROUTER)
+        if keys is not None:
+            serve_curve(self._socket, keys)
+        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+
+    def listen(self, endpoint: str) -> str:
+        """Bind; returns the address with the port that was bound. UsageError if it cannot be."""
+        prepare(self._socket, endpoint, self._peer_timeout_s, SEND_QUEUE_MESSAGES)
+        try:
+            self._socket.bind(endpoint)
+        except zmq.ZMQError as error:
+            raise UsageError(f"cannot listen on {endpoint}: {error.strerror}", errno=error.errno) from None
+        self.endpoint = self._socket.get_string(zmq.LAST_ENDPOINT)
+        self._env.loop.add_reader(self._socket.fileno(), self._drain)
+        self._env.loop.add_reader(self._monitor.fileno(), self._watch)
+        self._wake()
+        return self.endpoint
+
+    def close(self, done: Callable[[], None]) -> None:
+        """Stop listening, then `done()` when the chain has nothing of this server in flight."""
+        if self._session is not None:
+            self._session.end()
+        self._applier.drop_queued()
+        loop = self._env.loop
+        for socket in (self._socket, self._monitor):
+            loop.remove(socket.fileno())
+        self._socket.disable_monitor()
+        self._monitor.close()
+        self._socket.close(LAST_ANSWER_MS)
+        self._applier.when_idle(lambda: self._close_context(done))
+
+    def _close_context(self, done: Callable[[], None]) -> None:
+        if self._gate is not None:
+            self._gate.close()
+        self._context.term()
+        done()
+
+    # The socket
+
+    def _wake(self) -> None:
+        """Drain at the end of this turn."""
+        if not self._wake_due:
+            self._wake_due = True
+            self._env.loop.call_soon(self._drain)
+
+    def _drain(self) -> None:
+        self._wake_due = False
+        if self._socket.closed:
+            return
+        for _ in range(BATCH_MESSAGES):
+            if self._applier.queued_bytes > MAX_QUEUED_BYTES:
+                break
+            try:
+                frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                break
+            self._on_message(frames)
+        else:
+            self._wake()
+        self._applier.start()
+
+    def _send(self, identity: bytes, message: Message) -> None:
+        """Send what fits the queue: a peer that takes no answers is not worth more, and finds out by itself."""
+        if self._socket.closed:
+            return
+        try:
+            self._socket.send_multipart((identity, encode(message)), zmq.NOBLOCK)
+        except zmq.Again:
+            logger.warning("the sync does not take answers; one was dropped")
+        self._wake()
+
+    def _watch(self) -> None:
+        """Notice connections that ended."""
+        if self._socket.closed:
+            return
+        for _, fd in monitor_events(self._monitor):
+            if fd == self._fd:
+                self._disconnected()
+
+    def _on_message(self, frames: list[zmq.Frame]) -> None:
+        identity = frames[0].bytes
+        contents = [frame.buffer for frame in frames[1:]]
+        session = self._session
+        if session is not None and identity == self._identity:
+            session.handle(contents)
+            return
+        try:
+            message, _ = decode(contents)
+        except WritelogError as error:
+            logger.warning("a connection without a session sent garbage: %s", error)
+            self._send(identity, Failure(error.errno, error.message, ""))
+            return
+        if isinstance(message, Hello):
+            self._watch()
+            self._hello(identity, int(frames[1].get(zmq.SRCFD)), message)
+
+    # Sessions
+
+    def _hello(self, identity: bytes, fd: int, hello: Hello) -> None:
+        refused = self._reason_to_refuse(hello)
+        if refused is not None:
+            logger.warning("a sync of disk %r was refused: %s", hello.disk, refused.message)
+            self._send(identity, refused)
+            return
+        if self._session is not None:
+            self._session.end()
+        self._applier.drop_queued()
+        resumed = hello.session == self._session_id
+        self._session_id = hello.session
+        session = Session(self._env.loop, self._applier, self._vbd.info.size_bytes,
+                          lambda message: self._send(identity, message), self)
+        if not resumed:
+            self._confirmed = None
+        elif self._confirmed is not None:
+            session.resume_confirmed()
+        self._session, self._identity, self._fd = session, identity, fd
+        logger.info("disk %r is replicated to here%s", hello.disk, ", again" if resumed else "")
+        self._applier.when_idle(lambda: session.welcome(resumed))
+
+    def _reason_to_refuse(self, hello: Hello) -> Refused | None:
+        size_bytes = self._vbd.info.size_bytes
+        if hello.version != VERSION:
+            return Refused(Refusal.VERSION, f"the replica speaks version {VERSION} of the protocol, the sync "
+                           f"version {hello.version}", "install the same version of writelog on both hosts")
+        if self.promoted and hello.session != self._session_id:
+            return Refused(Refusal.PROMOTED, "the replica was promoted: it is the primary now",
+                           "start a fresh writelog-replica to replicate again")
+        if hello.size_bytes != size_bytes:
+            return Refused(Refusal.SIZE, f"the disk has {hello.size_bytes} bytes, the replica {size_bytes}",
+                           f"make the replica's image the same size: truncate -s {hello.size_bytes} IMAGE")
+        if self._vbd.read_only:
+            return Refused(Refusal.READ_ONLY, "the replica is read-only", "open its image for writing")
+        if self._session is not None and hello.session != self._session_id:
+            return Refused(Refusal.BUSY, "the replica is busy with another sync", "wait for it, or stop it")
+        return None
+
+    def _disconnected(self) -> None:
+        self._fd = -1
+        session, self._session = self._session, None
+        if session is None or session.state not in (WAITING, OPEN):
+            return
+        session.end()
+        self._applier.drop_queued()
+        self._wake()
+        if self.promoted:
+            return
+        logger.warning("the connection to the sync ended; it may come back")
+        session_id = self._session_id
+        self._env.loop.call_later(self._peer_timeout_s, lambda: self._gone(session_id))
+
+    def _gone(self, session_id: bytes) -> None:
+        """The time for a sync to come back is over."""
+        if self._session is None and self._session_id == session_id and not self.promoted:
+            self._session_over(False)
+
+    def _session_over(self, succeeded: bool) -> None:
+        self._session = None
+        self._session_id = b""
+        self._applier.drop_queued()
+        if self._on_end is not None:
+            self._on_end(succeeded)
+
+    # What a session tells
+
+    def session_confirmed(self, digest: bytes | None) -> None:
+        self._confirmed = digest
+
+    def promote(self, digest: bytes) -> str:
+        if digest != self._confirmed:
+            raise ReplicationError("PROMOTE does not name the state that the replica confirmed",
+                                   hint="nothing was promoted")
+        if not self.promoted:
+            self.promoted = True
+            self._vbd.resume()
+            logger.info("promoted: this disk is the primary now")
+            if self._on_end is not None:
+                self._on_end(True)
+        return self._export
+
+    def session_released(self) -> None:
+        logger.info("the sync is done; the copy is consistent, and this stays a replica")
+        self._session_over(True)
+
+    def session_failed(self, error: WritelogError) -> None:
+        logger.error("the sync failed: %s", error)
+        self._session_over(False)

@@ -1,0 +1,330 @@
+"""One connection of one sync, as the replica sees it: messages in, applied extents and answers out.
+
+    waiting ──welcome()──▶ open ──any fault, end()──▶ over
+
+What is applied and what is durable are prefixes of the sequence: `applied` is the last seq with nothing missing
+before it, `durable` what the last flush covered of it. A fault (garbage, a seq that is not the next, an extent
+outside the disk, a wrong checksum, a failed write or flush) is answered with ERROR, and nothing after it counts.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Final, Protocol
+
+from tapcore.errors import ProtocolError, ReplicationError, WritelogError
+from tapcore.layout import Buffer
+from tapcore.loop import Loop, Timer
+from writelog.replica_apply import Applier
+from writelog.wire import (
+    VERIFY_CHUNK_BYTES,
+    Ack,
+    Barrier,
+    Content,
+    ContentDigest,
+    Data,
+    Digest,
+    Failure,
+    Message,
+    Promote,
+    Promoted,
+    Release,
+    Released,
+    RunningDigest,
+    Verify,
+    Welcome,
+    Zero,
+    checksum,
+    decode,
+)
+
+CREDIT_BYTES: Final = 64 << 20
+ALIVE_INTERVAL_S: Final = 0.25
+FLUSH_BYTES: Final = 64 << 20
+MIN_FLUSH_GAP_S: Final = 0.02
+VERIFY_DEPTH: Final = 8
+
+WAITING, OPEN, OVER = "waiting", "open", "over"
+
+
+class Owner(Protocol):
+    """The replica around a session."""
+
+    promoted: bool
+
+    def session_confirmed(self, digest: bytes | None) -> None:
+        """The digest of the last barrier; None as soon as anything follows it."""
+
+    def promote(self, digest: bytes) -> str:
+        """Open the export and say where it is; ReplicationError if `digest` is not what was confirmed."""
+
+    def session_released(self) -> None: ...
+
+    def session_failed(self, error: WritelogError) -> None: ...
+
+
+class Session:
+    """`send` takes messages for the sync; `size_bytes` is the disk's."""
+
+    def __init__(self, loop: Loop, applier: Applier, size_bytes: int, send: Callable[[Message], None],
+                 owner: Owner) -> None:
+        self.state = WAITING
+        self.received_bytes = 0
+        self._loop = loop
+        self._applier = applier
+        self._size_bytes = size_bytes
+        self._send = send
+        self._owner = owner
+        self._digest = RunningDigest()
+        self._last_seq = 0
+        self._applied = 0
+        self._ended: set[int] = set()
+        """Seqs that ended before one that came earlier."""
+        self._durable = 0
+        self._barrier: Digest | None = None
+        """What to answer once it is durable."""
+        self._confirmed = False
+        self._flushing = False
+        self._flush_timer: Timer | None = None
+        self._flush_ended_s = 0.0
+        self._flush_ns = 0
+        self._flush_bytes = 0
+        self._unflushed_bytes = 0
+        self._ack_due = False
+        self._alive_timer: Timer | None = None
+        self._verification: _Verification | None = None
+
+    def welcome(self, resumed: bool) -> None:
+        """Begin, unless the connection has gone meanwhile."""
+        if self.state == WAITING:
+            self.state = OPEN
+            self._send(Welcome(resumed, CREDIT_BYTES))
+            self._stay_alive()
+
+    def end(self) -> None:
+        """The connection is gone, or another one takes its place. What is in flight ends by itself."""
+        self.state = OVER
+        for timer in (self._alive_timer, self._flush_timer):
+            if timer is not None:
+                timer.cancel()
+        if self._verification is not None:
+            self._verification.stop()
+
+    def handle(self, frames: Sequence[Buffer]) -> None:
+        """One message. The frames must not change as long as anybody holds them."""
+        if self.state == OVER:
+            return
+        try:
+            message, payload = decode(frames)
+            if self.state == WAITING:
+                raise ProtocolError(f"{type(message).__name__} came before the WELCOME")
+            self._dispatch(message, payload)
+        except WritelogError as error:
+            self._fail(error)
+
+    def _dispatch(self, message: Message, payload: Buffer | None) -> None:
+        if isinstance(message, Data):
+            self._on_data(message, payload)
+        elif isinstance(message, Zero):
+            self._accept(message)
+            self._applier.zero(message.offset, message.length, partial(self._ended_one, message))
+        elif isinstance(message, Barrier):
+            self._next_seq(message.seq)
+            self._barrier = Digest(message.seq, self._digest.digest())
+            self._advance(message.seq)
+        elif isinstance(message, Verify):
+            self._must_be_confirmed("VERIFY")
+            self._verification = _Verification(self._loop, self._applier, self._size_bytes, self._verified)
+            self._verification.turn()
+        elif isinstance(message, Promote):
+            self._must_be_confirmed("PROMOTE")
+            self._send(Promoted(self._owner.promote(message.digest)))
+        elif isinstance(message, Release):
+            self._send(Released())
+            self.end()
+            self._owner.session_released()
+        else:
+            raise ProtocolError(f"a sync does not send {type(message).__name__} here")
+
+    def resume_confirmed(self) -> None:
+        """The last barrier of this session's former connection still stands."""
+        self._confirmed = True
+
+    def _must_be_confirmed(self, what: str) -> None:
+        if not self._confirmed:
+            raise ProtocolError(f"{what} came without a confirmed barrier right before it")
+
+    # Extents
+
+    def _on_data(self, message: Data, payload: Buffer | None) -> None:
+        assert payload is not None, "decode() sees to it"
+        if checksum(payload) != message.checksum:
+            raise ReplicationError(f"{message.length} bytes were damaged on the way: their checksum is wrong",
+                                   errno=errno.EBADMSG, offset=message.offset, hint="nothing of them was written")
+        self._accept(message)
+        self._applier.write(message.offset, memoryview(payload), partial(self._ended_one, message))
+
+    def _accept(self, message: Data | Zero) -> None:
+        """Check what an extent says of itself, and count it."""
+        if message.offset + message.length > self._size_bytes:
+            raise ProtocolError(f"an extent of {message.length} bytes goes beyond the disk's {self._size_bytes}",
+                                offset=message.offset)
+        if self._owner.promoted:
+            raise ReplicationError("the replica was promoted: it takes no extents any more", errno=errno.EPERM)
+        self._next_seq(message.seq)
+        self._digest.add(message)
+        self.received_bytes += message.length
+
+    def _next_seq(self, seq: int) -> None:
+        if seq != self._last_seq + 1:
+            raise ProtocolError(f"seq {seq} came after {self._last_seq}")
+        self._last_seq = seq
+        self._confirmed = False
+        self._owner.session_confirmed(None)
+
+    def _ended_one(self, message: Data | Zero, code: int) -> None:
+        if self.state == OVER:
+            return
+        if code:
+            what = "write" if isinstance(message, Data) else "zero"
+            self._fail(ReplicationError(f"the replica cannot {what} {message.length} bytes: {os.strerror(code)}",
+                                        errno=code, offset=message.offset))
+            return
+        self._unflushed_bytes += message.length
+        self._advance(message.seq)
+
+    def _advance(self, seq: int) -> None:
+        """`seq` has ended."""
+        ended = self._ended
+        ended.add(seq)
+        while self._applied + 1 in ended:
+            self._applied += 1
+            ended.remove(self._applied)
+        self._ack_soon()
+        self._flush_if_due()
+
+    # Flushes
+
+    def _flush_if_due(self) -> None:
+        """Flush when a barrier waits, when much has piled up, or when the flushes have been at rest for as long
+        as the last one took."""
+        if self._flushing or self._applied == self._durable or self.state == OVER:
+            return
+        barrier = self._barrier
+        due_s = self._flush_ended_s + max(MIN_FLUSH_GAP_S, self._flush_ns / 1e9)
+        left_s = due_s - self._loop.time_s()
+        if ((barrier is not None and barrier.seq <= self._applied) or self._unflushed_bytes >= FLUSH_BYTES
+                or left_s <= 0):
+            self._flush()
+        elif self._flush_timer is None:
+            self._flush_timer = self._loop.call_later(left_s, self._flush_timer_rang)
+
+    def _flush_timer_rang(self) -> None:
+        self._flush_timer = None
+        self._flush_if_due()
+
+    def _flush(self) -> None:
+        self._flushing = True
+        covered_bytes, self._unflushed_bytes = self._unflushed_bytes, 0
+        self._applier.flush(partial(self._flushed, self._applied, covered_bytes, self._loop.time_s()))
+
+    def _flushed(self, seq: int, covered_bytes: int, started_s: float, code: int) -> None:
+        self._flushing = False
+        if self.state == OVER:
+            return
+        if code:
+            self._fail(ReplicationError(f"the replica cannot flush: {os.strerror(code)}", errno=code))
+            return
+        self._flush_ended_s = self._loop.time_s()
+        self._flush_ns = int((self._flush_ended_s - started_s) * 1e9)
+        self._flush_bytes = covered_bytes
+        self._durable = seq
+        self._send_ack()
+        barrier = self._barrier
+        if barrier is not None and barrier.seq <= seq:
+            self._barrier = None
+            if barrier.seq == self._last_seq:
+                self._confirmed = True
+                self._owner.session_confirmed(barrier.digest)
+            self._send(barrier)
+        self._flush_if_due()
+
+    # Answers
+
+    def _ack_soon(self) -> None:
+        if not self._ack_due:
+            self._ack_due = True
+            self._loop.call_soon(self._send_ack)
+
+    def _send_ack(self) -> None:
+        self._ack_due = False
+        if self.state == OPEN:
+            self._send(Ack(self._applied, self._durable, self._flush_ns, self._flush_bytes))
+
+    def _stay_alive(self) -> None:
+        if self.state == OPEN:
+            self._send_ack()
+            self._alive_timer = self._loop.call_later(ALIVE_INTERVAL_S, self._stay_alive)
+
+    def _verified(self, code: int, digest: bytes) -> None:
+        if self.state == OVER:
+            return
+        if code:
+            self._fail(ReplicationError(f"the replica cannot read its disk back: {os.strerror(code)}", errno=code))
+        else:
+            self._send(Content(digest))
+
+    def _fail(self, error: WritelogError) -> None:
+        offset = "" if error.offset is None else f" (at byte {error.offset})"
+        self._send(Failure(error.errno, f"{error.message}{offset}", error.hint or ""))
+        self.end()
+        self._owner.session_failed(error)
+
+
+class _Verification:
+    """Reads the whole disk, VERIFY_DEPTH chunks a turn of the loop, then calls `done(errno, digest)`."""
+
+    def __init__(self, loop: Loop, applier: Applier, size_bytes: int, done: Callable[[int, bytes], None]) -> None:
+        self._loop = loop
+        self._applier = applier
+        self._done = done
+        self._content = ContentDigest(size_bytes)
+        self._next = 0
+        self._active = 0
+        self._error = 0
+        self._stopped = False
+        self._turn_due = False
+        self._free = [memoryview(bytearray(VERIFY_CHUNK_BYTES)) for _ in range(VERIFY_DEPTH)]
+
+    def stop(self) -> None:
+        """Start no more reads; `done` is not called."""
+        self._stopped = True
+
+    def turn(self) -> None:
+        self._turn_due = False
+        if self._stopped:
+            return
+        if not self._error:
+            for _ in range(min(len(self._free), self._content.chunks - self._next)):
+                self._read_next()
+        if not self._active and not self._turn_due:
+            self._done(self._error, self._content.digest())
+
+    def _read_next(self) -> None:
+        chunk, buffer = self._next, self._free.pop()
+        self._next += 1
+        self._active += 1
+        offset, length = self._content.range_of(chunk)
+        self._applier.read(offset, buffer[:length], partial(self._ended, chunk, buffer, length))
+
+    def _ended(self, chunk: int, buffer: memoryview, length: int, code: int) -> None:
+        self._active -= 1
+        self._error = self._error or code
+        self._content.set(chunk, buffer[:length])
+        self._free.append(buffer)
+        if not self._turn_due:
+            self._turn_due = True
+            self._loop.call_soon(self.turn)

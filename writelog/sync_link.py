@@ -1,0 +1,131 @@
+"""The connection of a sync to its replica: one zmq socket, and what its monitor tells.
+
+A link is used once. When the connection drops, what was queued or on its way may be lost, so the link is closed
+and a new one begins with HELLO: nothing from the former connection can arrive late on the new one.
+"""
+
+from __future__ import annotations
+
+import errno
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+import zmq
+
+from tapcore.errors import ReplicationError
+from writelog.sync_transport import MONITORED, Keys, monitor_events, prepare, use_curve
+from writelog.wire import Data, Message, decode, encode
+
+MAX_UNACKED_MESSAGES: Final = 16384
+"""Messages sent and not yet applied by the replica; the send queue holds as many."""
+MAX_BLIND_FAILURES: Final = 3
+"""Handshakes that the replica broke off without a word before it is taken for a wrong server key."""
+
+
+class LinkLost(Exception):
+    """The connection dropped, or the replica is silent; `str()` says which."""
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Where the replica is, and the keys for it, if any."""
+
+    endpoint: str
+    keys: Keys | None = None
+    server_public: bytes | None = None
+    timeout_s: float = 10.0
+
+
+class Link:
+    """Connects at once. `heard_s` is when the replica was last heard (monotonic); `reached` whether it ever
+    answered on the network."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], peer: Peer) -> None:
+        self.peer = peer
+        self.heard_s = time.monotonic()
+        self.reached = False
+        self.opened_s = self.heard_s
+        """When the handshake was done."""
+        self._blind_failures = 0
+        self._has_ended = False
+        self.socket = context.socket(zmq.DEALER)
+        prepare(self.socket, peer.endpoint, peer.timeout_s, 2 * MAX_UNACKED_MESSAGES)
+        if peer.keys is not None and peer.server_public is not None:
+            use_curve(self.socket, peer.keys, peer.server_public)
+        self.monitor = self.socket.get_monitor_socket(MONITORED)
+        self.socket.connect(peer.endpoint)
+
+    def close(self) -> None:
+        self.socket.disable_monitor()
+        self.monitor.close()
+        self.socket.close()
+
+    def send(self, message: Message) -> None:
+        """Send a message that has no payload. LinkLost if the queue, which is long enough, is full."""
+        try:
+            self.socket.send(encode(message), zmq.NOBLOCK)
+        except zmq.Again:
+            raise LinkLost("the replica takes nothing any more") from None
+
+    def send_data(self, message: Data, payload: memoryview) -> zmq.MessageTracker:
+        """Send an extent; `payload` must stay as it is until the tracker is done."""
+        try:
+            self.socket.send(encode(message), zmq.NOBLOCK | zmq.SNDMORE)
+            tracker = self.socket.send(payload, zmq.NOBLOCK, copy=False, track=True)
+        except zmq.Again:
+            raise LinkLost("the replica takes nothing any more") from None
+        assert tracker is not None
+        return tracker
+
+    def receive(self) -> Iterator[Message]:
+        """What has arrived, also on a connection that has ended since; `check` tells that afterwards.
+        ReplicationError if the replica will never let this sync in, ProtocolError on garbage."""
+        for event, value in monitor_events(self.monitor):
+            self._on_event(event, value)
+        while True:
+            try:
+                frames = self.socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            self.heard_s = time.monotonic()
+            message, _ = decode(frames)
+            yield message
+
+    def check(self) -> None:
+        """LinkLost if the connection has ended, or was silent for the peer's timeout."""
+        if self._has_ended:
+            raise LinkLost("the connection to the replica ended")
+        silent_s = time.monotonic() - self.heard_s
+        if silent_s > self.peer.timeout_s:
+            raise LinkLost(f"the replica has been silent for {silent_s:.0f} s" if self.reached
+                           else "nobody answers there")
+
+    def _on_event(self, event: int, value: int) -> None:
+        if event == zmq.EVENT_CONNECTED:
+            self.reached = True
+        elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+            self.heard_s = self.opened_s = time.monotonic()
+            self._blind_failures = 0
+        elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+            raise self._refusal("the replica does not know this sync's key",
+                                "put its public .key file where the replica's --authorized points to")
+        elif event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
+            raise self._refusal(f"the two ends do not agree on encryption (zmq error {value:#x})",
+                                self._hint)
+        elif event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
+            self._blind_failures += 1
+            if self._blind_failures >= MAX_BLIND_FAILURES:
+                raise self._refusal("the replica breaks the handshake off", self._hint)
+        elif event == zmq.EVENT_DISCONNECTED and not self._blind_failures:
+            self._has_ended = True
+
+    @property
+    def _hint(self) -> str:
+        if self.peer.keys is None:
+            return "the replica may want keys (--key and --server-key)"
+        return "--server-key must be the replica's own public key, and the replica must use --key, too"
+
+    def _refusal(self, message: str, hint: str) -> ReplicationError:
+        return ReplicationError(f"{self.peer.endpoint}: {message}", errno=errno.EACCES, hint=hint)

@@ -1,0 +1,296 @@
+"""From dirty extents to messages: reads them through the log's ring and sends them, in one order.
+
+    take ─▶ todo ─▶ reading ─▶ ready ─▶ sent ─▶ applied ─▶ durable ─▶ commit
+            items   in the shared area  │ until zmq is done with it
+
+Reads end in any order, and what they brought is sent in the order in which they were started. So of two versions
+of a block the one that was read last is sent last, and a ZERO never passes the data that was there before it.
+Each portion is a lease on what it took, and is committed when the replica has all of it on its disk.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Final
+
+import zmq
+
+from tapcore.errors import ProtocolError, ReplicationError
+from writelog.client import LogClient, Response
+from writelog.sync_link import MAX_UNACKED_MESSAGES, Link
+from writelog.wire import MAX_ZERO_BYTES, Ack, Data, RunningDigest, Zero, checksum
+
+PIECE_BYTES: Final = 256 << 10
+"""One read, and the payload of one DATA."""
+PAGE_BYTES: Final = 4096
+MESSAGE_COST_BYTES: Final = 4096
+"""What a message costs of the credit at least."""
+
+
+@dataclass
+class Portion:
+    """What one lease took: [(is_zero, offset, length)], as the disk's map says."""
+
+    lease: int
+    items: list[tuple[bool, int, int]]
+    first_pass: bool = False
+    last_seq: int = -1
+    """Of its last message; -1 until that was sent."""
+
+
+@dataclass(slots=True)
+class Piece:
+    """One read or one range of zeroes; or, with length 0, the end of `portion`."""
+
+    portion: Portion
+    offset: int
+    length: int
+    place: int = -1
+    """Where it is in the shared area; -1 if nothing was read."""
+    cost_bytes: int = 0
+    """What it takes of the shared area."""
+    checksum: bytes | None = None
+    """None for zeroes, and until it is read."""
+    is_ready: bool = True
+
+
+class Arena:
+    """Hands out parts of `size_bytes` like a ring: they come back in the order in which they went."""
+
+    def __init__(self, size_bytes: int) -> None:
+        self._size_bytes = size_bytes
+        self._head = 0
+        self._used_bytes = 0
+
+    def allocate(self, length: int) -> tuple[int, int] | None:
+        """(place, cost) of `length` bytes in one piece, or None if there is no room now."""
+        length = -(-length // PAGE_BYTES) * PAGE_BYTES
+        place = self._head if self._used_bytes else 0
+        cost_bytes = length
+        if place + length > self._size_bytes:
+            cost_bytes += self._size_bytes - place
+            place = 0
+        if self._used_bytes + cost_bytes > self._size_bytes:
+            return None
+        self._head = place + length
+        self._used_bytes += cost_bytes
+        return place, cost_bytes
+
+    def release(self, cost_bytes: int) -> None:
+        """The oldest part that is out comes back."""
+        self._used_bytes -= cost_bytes
+
+
+class Pipeline:
+    """`durable(portion)` is called for each portion that is on the replica's disk, in order."""
+
+    def __init__(self, reader: LogClient, durable: Callable[[Portion], None]) -> None:
+        self.sent_bytes = 0
+        """Payload, over all connections."""
+        self.zero_bytes = 0
+        self.first_pass_bytes = 0
+        self.applied_bytes = 0
+        """Payload that the replica has applied, over all connections."""
+        self._reader = reader
+        self._durable = durable
+        self.reset(None, 0)
+
+    def reset(self, link: Link | None, credit_bytes: int) -> None:
+        """Begin anew on `link`. No read may be in flight, and nothing in zmq's hands (`settle`)."""
+        self._link = link
+        self._credit_bytes = credit_bytes
+        self.seq = 0
+        self.digest = RunningDigest()
+        self._arena = Arena(len(self._reader.data) // PAGE_BYTES * PAGE_BYTES)
+        self._todo: deque[tuple[Portion, bool, int, int]] = deque()
+        self._pieces: deque[Piece] = deque()
+        self._reading: dict[int, Piece] = {}
+        self._sending: deque[tuple[zmq.MessageTracker | None, int]] = deque()
+        self._unacked: deque[tuple[int, int, int]] = deque()
+        """(seq, cost, payload) of what the replica has not applied."""
+        self._unacked_bytes = 0
+        self._portions: deque[Portion] = deque()
+        """Taken and not durable."""
+        self._last_durable = 0
+        self.todo_bytes = 0
+        """Taken, not yet sent."""
+
+    @property
+    def open_portions(self) -> int:
+        return len(self._portions)
+
+    @property
+    def is_all_sent(self) -> bool:
+        return not self._todo and not self._pieces
+
+    @property
+    def unacked_bytes(self) -> int:
+        """Sent and not yet applied by the replica."""
+        return self._unacked_bytes
+
+    @property
+    def waits_for_room(self) -> bool:
+        """Nothing but zmq's being done with a buffer lets it go on."""
+        return bool(self._todo and self._sending and not self._reading and not self._is_out_of_credit())
+
+    @property
+    def reads_in_flight(self) -> int:
+        return len(self._reading)
+
+    def add(self, portion: Portion) -> None:
+        """Queue all of a portion."""
+        self._portions.append(portion)
+        for is_zero, offset, length in portion.items:
+            self._todo.append((portion, is_zero, offset, length))
+            self.todo_bytes += length
+        self._todo.append((portion, False, 0, 0))
+
+    def feed(self) -> None:
+        """Start the reads that there is room for, and send what is ready."""
+        sending = self._sending
+        while sending and (sending[0][0] is None or sending[0][0].done):
+            self._arena.release(sending.popleft()[1])
+        if self._link is None:
+            return
+        started = False
+        while self._todo and len(self._pieces) < MAX_UNACKED_MESSAGES and not self._is_out_of_credit():
+            if not self._start_next():
+                break
+            started = True
+        if started:
+            self._reader.push()
+        while self._pieces and self._pieces[0].is_ready:
+            self._send(self._pieces.popleft())
+
+    def _is_out_of_credit(self) -> bool:
+        return self._unacked_bytes >= self._credit_bytes or len(self._unacked) >= MAX_UNACKED_MESSAGES
+
+    def _start_next(self) -> bool:
+        """Start the next piece of the first item; False if there is no room to read it."""
+        portion, is_zero, offset, length = self._todo[0]
+        if is_zero or not length:
+            piece_bytes = min(length, MAX_ZERO_BYTES)
+            piece = Piece(portion, offset, piece_bytes)
+        else:
+            piece_bytes = min(length, PIECE_BYTES)
+            part = self._arena.allocate(piece_bytes) if self._reader.free_slots else None
+            if part is None:
+                return False
+            place, cost_bytes = part
+            piece = Piece(portion, offset, piece_bytes, place, cost_bytes, is_ready=False)
+            self._reading[place] = piece
+            self._reader.submit_read(offset, piece_bytes, place)
+        self._pieces.append(piece)
+        if piece_bytes < length:
+            self._todo[0] = portion, is_zero, offset + piece_bytes, length - piece_bytes
+        else:
+            self._todo.popleft()
+        return True
+
+    def on_read(self, response: Response) -> None:
+        """A read has ended; ReplicationError if the disk cannot be read there."""
+        piece = self._reading.pop(response.slot_offset)
+        if not response.ok:
+            raise ReplicationError(f"the disk's {response.length} bytes cannot be read", offset=response.offset,
+                                   hint="see the tapdisk's log for the cause")
+        piece.is_ready = True
+        check = checksum(self._reader.data[piece.place : piece.place + piece.length])
+        if check != zero_checksum(piece.length):
+            piece.checksum = check
+
+    def _send(self, piece: Piece) -> None:
+        assert self._link is not None
+        if not piece.length:
+            piece.portion.last_seq = self.seq
+            self._commit_up_to(self._last_durable)
+            return
+        self.seq += 1
+        self.todo_bytes -= piece.length
+        tracker = None
+        payload_bytes = 0
+        if piece.checksum is None:
+            message: Data | Zero = Zero(self.seq, piece.offset, piece.length)
+            self._link.send(message)
+            self.zero_bytes += piece.length
+        else:
+            message = Data(self.seq, piece.offset, piece.length, piece.checksum)
+            tracker = self._link.send_data(message, self._reader.data[piece.place : piece.place + piece.length])
+            payload_bytes = piece.length
+            self.sent_bytes += payload_bytes
+            if piece.portion.first_pass:
+                self.first_pass_bytes += payload_bytes
+        self.digest.add(message)
+        if piece.cost_bytes:
+            self._sending.append((tracker, piece.cost_bytes))
+        cost_bytes = max(payload_bytes, MESSAGE_COST_BYTES)
+        self._unacked.append((self.seq, cost_bytes, payload_bytes))
+        self._unacked_bytes += cost_bytes
+
+    def next_seq(self) -> int:
+        """A seq for a barrier."""
+        self.seq += 1
+        return self.seq
+
+    def on_ack(self, ack: Ack) -> None:
+        """ProtocolError if the replica acknowledges what was not sent, or takes something back."""
+        if not ack.durable <= ack.applied <= self.seq:
+            raise ProtocolError(f"the replica acknowledges seq {ack.applied} and {ack.durable} of {self.seq}")
+        unacked = self._unacked
+        while unacked and unacked[0][0] <= ack.applied:
+            _, cost_bytes, payload_bytes = unacked.popleft()
+            self._unacked_bytes -= cost_bytes
+            self.applied_bytes += payload_bytes
+        self._commit_up_to(ack.durable)
+
+    def _commit_up_to(self, durable: int) -> None:
+        self._last_durable = durable
+        portions = self._portions
+        while portions and 0 <= portions[0].last_seq <= durable:
+            self._durable(portions.popleft())
+
+    def settle(self, wait_s: float) -> None:
+        """Wait until zmq is done with every buffer: nothing of the shared area is in use then, if no read is in
+        flight. ReplicationError if it keeps one for `wait_s`."""
+        for tracker, cost_bytes in self._sending:
+            if tracker is not None:
+                try:
+                    tracker.wait(wait_s)
+                except zmq.NotDone:
+                    raise ReplicationError("zmq does not let go of a buffer that it should have sent") from None
+            self._arena.release(cost_bytes)
+        self._sending.clear()
+
+
+_ZERO_CHECKSUMS: dict[int, bytes] = {}
+
+
+def zero_checksum(length: int) -> bytes:
+    """The checksum of `length` zero bytes."""
+    known = _ZERO_CHECKSUMS.get(length)
+    if known is None:
+        known = _ZERO_CHECKSUMS[length] = checksum(bytes(length))
+    return known
+
+
+def split(offset: int, length: int, extents: Iterable[tuple[int, int, bool]]) -> Iterator[tuple[bool, int, int]]:
+    """[offset, offset + length) as (is_zero, offset, length), by the disk's map `extents`, which are (offset,
+    length, is_zero) in order. Zero ranges shrink to whole pages; what the map leaves out is data."""
+    end = offset + length
+    data_start = offset
+    for start, size, is_zero in extents:
+        stop = min(start + size, end)
+        start = max(start, data_start)
+        if stop < end:
+            stop = stop // PAGE_BYTES * PAGE_BYTES
+        if start > offset:
+            start = -(-start // PAGE_BYTES) * PAGE_BYTES
+        if not is_zero or stop <= start:
+            continue
+        if start > data_start:
+            yield False, data_start, start - data_start
+        yield True, start, stop - start
+        data_start = stop
+    if data_start < end:
+        yield False, data_start, end - data_start

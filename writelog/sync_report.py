@@ -1,0 +1,155 @@
+"""What a sync tells while it runs and when it is done: one changing line, some lines, or JSON events."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from typing import Any, Final, TextIO
+
+from writelog.plan import size_text
+
+JSON_INTERVAL_S: Final = 0.5
+LINE_INTERVAL_S: Final = 2.0
+TTY_INTERVAL_S: Final = 0.2
+
+CONNECTING, SYNCING, STALLED, CONVERGING = "connecting", "syncing", "stalled", "converging"
+SWITCHING, DONE, FAILED = "switching", "done", "failed"
+
+
+@dataclass
+class Progress:
+    """Where a sync is. Rates in bytes a second; None for what is not known."""
+
+    elapsed_s: float
+    sent_bytes: int
+    zero_bytes: int
+    remaining_bytes: int
+    rate: float | None
+    dirty_rate: float
+    pause_s: float
+    """What the switch-over would take now."""
+    eta_s: float | None
+
+    def __str__(self) -> str:
+        text = f"sent {size_text(self.sent_bytes)}"
+        if self.rate is not None:
+            text += f" at {size_text(self.rate)}/s"
+        text += f", remaining {size_text(self.remaining_bytes)}"
+        if self.dirty_rate:
+            text += f", the guest dirties {size_text(self.dirty_rate)}/s"
+        if self.rate is None:
+            return text
+        return text + (", which is more than is sent" if self.eta_s is None else f", {self.eta_s:.0f} s left")
+
+
+@dataclass
+class Report:
+    """What a finished sync has done. `pause_parts_s` are the parts of the guest's pause, in their order."""
+
+    disk: str
+    replica: str
+    size_bytes: int
+    handed_over: bool = False
+    export: str = ""
+    verified: bool = False
+    digest: str = ""
+    """Of the last connection's extents, equal at both ends."""
+    elapsed_s: float = 0.0
+    sent_bytes: int = 0
+    zero_bytes: int = 0
+    extra_bytes: int = 0
+    """Sent after the first pass over the disk, because the guest wrote."""
+    connections: int = 0
+    pause_s: float = 0.0
+    pause_parts_s: dict[str, float] = field(default_factory=dict)
+
+    def lines(self) -> list[str]:
+        first_bytes = self.sent_bytes - self.extra_bytes
+        extra_percent = 100 * self.extra_bytes / first_bytes if first_bytes else 0.0
+        parts = ", ".join(f"{name} {seconds * 1000:.1f} ms" for name, seconds in self.pause_parts_s.items())
+        rate = self.sent_bytes / self.elapsed_s if self.elapsed_s else 0
+        outcome = "handed over" if self.handed_over else "the replica has a consistent copy; the disk stays here"
+        export = f", its export is at {self.export}" if self.export else ""
+        return [
+            f"{self.disk} -> {self.replica}: {outcome}{export}",
+            f"  disk   {size_text(self.size_bytes)}, of which {size_text(self.zero_bytes)} holes and zeroes",
+            f"  sent   {size_text(self.sent_bytes)} in {self.elapsed_s:.1f} s, {size_text(rate)}/s",
+            f"  extra  {size_text(self.extra_bytes)} sent again (+{extra_percent:.1f} %)",
+            f"  pause  {self.pause_s * 1000:.1f} ms: {parts}",
+            f"  digest {self.digest}" + (", whole disks compared: equal" if self.verified else ""),
+        ]
+
+
+class Reporter:
+    """`style` is "json", "tty" or "plain"; events go to `out` (standard output)."""
+
+    def __init__(self, style: str, out: TextIO | None = None) -> None:
+        self._style = style
+        self._out = out or sys.stdout
+        self._state = ""
+        self._told_s = 0.0
+        self._interval_s = {"json": JSON_INTERVAL_S, "tty": TTY_INTERVAL_S}.get(style, LINE_INTERVAL_S)
+        self._live: Any = None
+
+    def state(self, state: str, detail: str = "") -> None:
+        """Enter a state; told at once if it is another one."""
+        if state == self._state and not detail:
+            return
+        self._state = state
+        if self._style == "json":
+            self._event(detail=detail) if detail else self._event()
+        elif self._style == "plain" or detail:
+            self._line(f"{state}: {detail}" if detail else state)
+
+    def progress(self, progress: Progress) -> None:
+        """Tell where the sync is, if it is time."""
+        now_s = time.monotonic()
+        if now_s - self._told_s < self._interval_s:
+            return
+        self._told_s = now_s
+        if self._style == "json":
+            self._event(**asdict(progress))
+        elif self._style == "tty":
+            self._update(f"{self._state}: {progress}")
+        else:
+            self._line(f"{self._state}: {progress}")
+
+    def done(self, report: Report) -> None:
+        self._state = DONE
+        self.close()
+        if self._style == "json":
+            self._event(**asdict(report))
+        else:
+            for line in report.lines():
+                self._line(line)
+
+    def failed(self, error: str) -> None:
+        """The caller prints the error; this ends the event stream."""
+        self._state = FAILED
+        self.close()
+        if self._style == "json":
+            self._event(error=error)
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def _event(self, **figures: Any) -> None:
+        self._line(json.dumps({"state": self._state, "time": round(time.time(), 3), **figures}))
+
+    def _line(self, text: str) -> None:
+        print(text, file=self._out, flush=True)
+
+    def _update(self, text: str) -> None:
+        if self._live is None:
+            from rich.console import Console
+            from rich.live import Live
+
+            console = Console(file=self._out, highlight=False, markup=False)
+            self._live = Live(console=console, transient=True, auto_refresh=False)
+            self._live.start()
+        self._live.update(text, refresh=True)

@@ -1,0 +1,414 @@
+"""Drives a sync: connect, copy while the guest writes, switch over. What to do next is decided in `writelog.plan`.
+
+Never lose a write:
+- `fill` marks everything dirty before anything is sent, so the log alone says what the replica lacks.
+- An extent is forgotten (committed) only when the replica says that it is durable. Whatever goes wrong before, it
+  is dirty again: by `reclaim`, or by the log itself when this process dies.
+- The disk is handed over only while the guest is paused, with the log empty, and after the replica has confirmed
+  by its digest that it has applied and flushed all that was sent. Any failure before lets the guest go on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable
+from typing import Final, TypeVar
+
+import zmq
+
+from tapcore.errors import ReplicationError, WritelogError
+from writelog.plan import Action, Limits, Outlook, decide
+from writelog.sync_gauge import Gauge
+from writelog.sync_link import Link, LinkLost, Peer
+from writelog.sync_pipeline import Pipeline, Portion
+from writelog.sync_report import CONNECTING, CONVERGING, STALLED, SWITCHING, SYNCING, Report, Reporter
+from writelog.sync_source import Source
+from writelog.wire import (
+    VERIFY_CHUNK_BYTES,
+    VERSION,
+    Ack,
+    Barrier,
+    Content,
+    ContentDigest,
+    Digest,
+    Failure,
+    Hello,
+    Message,
+    Promote,
+    Promoted,
+    Refused,
+    Release,
+    Released,
+    Verify,
+    Welcome,
+)
+
+PORTION_BYTES: Final = 256 << 20
+"""Dirty data taken at a time, about."""
+LOW_BYTES: Final = 8 << 20
+"""Take more when less than this is left to send."""
+MAX_OPEN_PORTIONS: Final = 8
+SAMPLE_INTERVAL_S: Final = 0.1
+POLL_S: Final = 0.05
+SWITCH_ROUND_TRIPS: Final = 2
+"""Of a pause: barrier and promotion."""
+ROOM_POLL_S: Final = 0.002
+"""How often to ask zmq whether it is done with a buffer when there is nothing else to do."""
+SETTLE_S: Final = 30.0
+"""Longest wait for reads and buffers of a connection that is gone."""
+
+M = TypeVar("M", Welcome, Digest, Content, Promoted, Released)
+
+
+class Interrupted(Exception):
+    """The operator stopped the sync."""
+
+
+class PauseTooLong(Exception):
+    """The switch-over takes too long; `str()` says how long."""
+
+
+class Stopwatch:
+    """Adds up the time between laps under the laps' names, in seconds."""
+
+    def __init__(self) -> None:
+        self.parts_s: dict[str, float] = {}
+        self.start_s = self._lap_s = time.monotonic()
+
+    def lap(self, name: str) -> None:
+        now_s = time.monotonic()
+        self.parts_s[name] = self.parts_s.get(name, 0.0) + now_s - self._lap_s
+        self._lap_s = now_s
+
+class Sync:
+    """One run for one disk. `interrupted` may be set by a signal handler."""
+
+    def __init__(self, source: Source, peer: Peer, limits: Limits, reporter: Reporter, *,
+                 verify: bool = False, keep_running: bool = False) -> None:
+        self.interrupted = False
+        self._source = source
+        self._peer = peer
+        self._limits = limits
+        self._reporter = reporter
+        self._verify = verify
+        self._keep_running = keep_running
+        self._report = Report(source.name, peer.endpoint, source.size_bytes)
+        self._session = os.urandom(16)
+        self._context = zmq.Context()
+        self._poller = zmq.Poller()
+        self._link: Link | None = None
+        self._is_welcome = False
+        self._pipeline = Pipeline(source.log, self._durable)
+        self._gauge = Gauge(self._pipeline)
+        self._outlook = Outlook(0.0, False, source.size_bytes, None, 0.0, 0.0, 0.0)
+        self._replies: dict[type[object], Message] = {}
+        """The last answer of each kind that nobody has used yet."""
+        self._cursor = 0
+        self._first_pass_done = False
+        self._dirty_bytes = source.size_bytes
+        self._sampled_s = 0.0
+        self._failed_pauses = 0
+        self._watch: Stopwatch | None = None
+        """Of the pause, while there is one that must not take too long."""
+        self._confirmed = b""
+        """The digest of the last barrier."""
+
+    def run(self) -> Report:
+        """To the end. WritelogError or Interrupted if there is none; then the guest goes on and all that is not
+        confirmed is dirty, unless the disk was handed over already, which the error says."""
+        try:
+            while True:
+                try:
+                    self._connect()
+                    return self._converge_and_switch()
+                except LinkLost as lost:
+                    self._after_loss(lost)
+        except WritelogError as error:
+            if not self._source.handed_over:
+                raise
+            raise ReplicationError("the disk was handed over, but the replica did not say that it took over: "
+                                   f"{error.message}", errno=error.errno,
+                                   hint="its copy is complete and confirmed: open it there; or, if that host is "
+                                        "lost, resume the primary by force with tap-ctl") from error
+        finally:
+            self._finish()
+
+    def _finish(self) -> None:
+        if self._link is not None:
+            self._link.close()
+        # What cannot be undone here is undone by the tapdisk when the source's connections are closed.
+        with contextlib.suppress(WritelogError):
+            self._source.resume()
+        with contextlib.suppress(WritelogError):
+            self._source.reclaim()
+        self._context.destroy(linger=0)
+
+    # Connections
+
+    def _connect(self) -> None:
+        """A new connection, up to its WELCOME."""
+        self._reporter.state(STALLED if self._report.connections else CONNECTING)
+        link = self._link = Link(self._context, self._peer)
+        self._replies.clear()
+        self._poller = zmq.Poller()
+        for pollable in (link.socket, link.monitor, self._source.log.fileno()):
+            self._poller.register(pollable, zmq.POLLIN)
+        link.send(Hello(VERSION, self._session, self._source.size_bytes, self._source.name))
+        welcome = self._wait_for(Welcome)
+        self._is_welcome = True
+        self._gauge.round_trip_s = SWITCH_ROUND_TRIPS * (time.monotonic() - link.opened_s)
+        self._report.connections += 1
+        if not welcome.resumed:
+            self._start_over()
+        self._pipeline.reset(link, welcome.credit_bytes)
+
+    def _start_over(self) -> None:
+        """The replica has nothing of this session: the whole disk is to be sent."""
+        if self._source.handed_over:
+            raise ReplicationError("the replica was started anew and knows nothing of this session")
+        self._source.fill()
+        self._gauge.start_over()
+        self._cursor = 0
+        self._first_pass_done = False
+        self._dirty_bytes = self._source.size_bytes
+        self._pipeline.first_pass_bytes = 0
+
+    def _after_loss(self, lost: LinkLost) -> None:
+        """Make good for a connection that dropped; ReplicationError if it never was one."""
+        self._source.resume()
+        self._watch = None
+        assert self._link is not None
+        self._link.close()
+        self._link = None
+        if not self._is_welcome:
+            raise ReplicationError(f"{self._peer.endpoint}: {lost}",
+                                   hint="start the replica again, then the sync" if self._report.connections
+                                   else "is writelog-replica running there?")
+        self._is_welcome = False
+        self._reporter.state(STALLED, str(lost))
+        deadline_s = time.monotonic() + SETTLE_S
+        while self._pipeline.reads_in_flight:
+            if time.monotonic() > deadline_s:
+                raise ReplicationError(f"the disk's reads did not end in {SETTLE_S:g} s")
+            self._source.log.wait(POLL_S)
+            self._take_responses()
+        self._pipeline.settle(SETTLE_S)
+        self._pipeline.reset(None, 0)
+        self._source.reclaim()
+
+    # Moving
+
+    def _pump(self, wait_s: float = POLL_S) -> None:
+        """Send what may be sent; wait at most `wait_s` for something to happen; take in what has come."""
+        pipeline = self._pipeline
+        self._take_responses()
+        pipeline.feed()
+        if pipeline.waits_for_room:
+            wait_s = min(wait_s, ROOM_POLL_S)
+        self._poller.poll(max(1, int(wait_s * 1000)))
+        self._take_responses()
+        self._hear()
+        pipeline.feed()
+        self._guard()
+
+    def _take_responses(self) -> None:
+        for response in self._source.log.responses():
+            self._pipeline.on_read(response)
+
+    def _hear(self) -> None:
+        """Take in what the replica has said. LinkLost if it is gone."""
+        link = self._link
+        assert link is not None
+        for message in link.receive():
+            if isinstance(message, Ack):
+                self._gauge.ack = message
+                self._pipeline.on_ack(message)
+            elif isinstance(message, Refused):
+                raise ReplicationError(f"{self._peer.endpoint}: {message.message}", hint=message.hint or None)
+            elif isinstance(message, Failure):
+                raise ReplicationError(f"{self._peer.endpoint}: {message.message}", errno=message.errno,
+                                       hint=message.hint or None)
+            else:
+                self._replies[type(message)] = message
+        link.check()
+
+    def _guard(self) -> None:
+        """Interrupted, PauseTooLong or ReplicationError if there is a reason not to go on."""
+        if self._source.handed_over:
+            return
+        if self.interrupted:
+            raise Interrupted
+        paused_s = time.monotonic() - self._watch.start_s if self._watch is not None else None
+        if paused_s is None and self._limits.max_time_s is None:
+            return
+        remaining_bytes = self._pipeline.todo_bytes + self._pipeline.unacked_bytes
+        outlook = self._outlook.with_pause(self._gauge.elapsed_s, paused_s, remaining_bytes)
+        decision = decide(outlook, self._limits)
+        if decision.action == Action.GIVE_UP:
+            raise ReplicationError(decision.reason, hint=decision.hint)
+        if decision.action == Action.RESUME:
+            raise PauseTooLong(decision.reason)
+
+    def _wait_for(self, kind: type[M]) -> M:
+        """The replica's next answer of a kind, even if it was its last word. LinkLost if it is silent."""
+        while kind not in self._replies:
+            try:
+                self._pump()
+            except LinkLost:
+                if kind not in self._replies:
+                    raise
+        answer = self._replies.pop(kind)
+        assert isinstance(answer, kind)
+        return answer
+
+    def _pump_until(self, ready: Callable[[], bool]) -> None:
+        while not ready():
+            self._pump()
+
+    def _durable(self, portion: Portion) -> None:
+        self._source.commit(portion)
+        self._gauge.committed(portion)
+
+    # Copying
+
+    def _converge_and_switch(self) -> Report:
+        while not self._source.handed_over:
+            self._copy()
+            try:
+                self._switch()
+                break
+            except PauseTooLong as reason:
+                self._watch = None
+                self._source.resume()
+                self._failed_pauses += 1
+                self._reporter.state(CONVERGING, str(reason))
+        else:
+            self._promote()
+        report, pipeline = self._report, self._pipeline
+        report.handed_over = self._source.handed_over
+        report.pause_s = sum(report.pause_parts_s.values())
+        report.digest = self._confirmed.hex()
+        report.elapsed_s = self._gauge.elapsed_s
+        report.sent_bytes, report.zero_bytes = pipeline.sent_bytes, pipeline.zero_bytes
+        report.extra_bytes = pipeline.sent_bytes - pipeline.first_pass_bytes
+        return report
+
+    def _copy(self) -> None:
+        """Copy while the guest writes, until the plan says that it is time to switch."""
+        while True:
+            self._reporter.state(CONVERGING if self._first_pass_done else SYNCING)
+            self._take_more()
+            self._pump()
+            if time.monotonic() - self._sampled_s < SAMPLE_INTERVAL_S:
+                continue
+            outlook = self._sample()
+            decision = decide(outlook, self._limits)
+            if decision.action == Action.SWITCH:
+                return
+            if decision.action == Action.GIVE_UP:
+                raise ReplicationError(decision.reason, hint=decision.hint)
+
+    def _sample(self) -> Outlook:
+        self._dirty_bytes, leased_bytes = self._source.dirty_bytes()
+        self._outlook = self._gauge.sample(self._dirty_bytes, leased_bytes, self._first_pass_done,
+                                           self._failed_pauses)
+        self._sampled_s = time.monotonic()
+        self._reporter.progress(self._gauge.progress(self._outlook))
+        return self._outlook
+
+    def _take_more(self) -> None:
+        """Keep enough at hand to send. After the first pass, look at as much of the disk as may hold a portion."""
+        size_bytes = self._source.size_bytes
+        window_bytes = PORTION_BYTES
+        if self._first_pass_done:
+            window_bytes = max(window_bytes, size_bytes * PORTION_BYTES // max(self._dirty_bytes, 1))
+        while self._pipeline.todo_bytes < LOW_BYTES and self._pipeline.open_portions < MAX_OPEN_PORTIONS:
+            portion, self._cursor = self._source.take(self._cursor, window_bytes)
+            if portion is not None:
+                portion.first_pass = not self._first_pass_done
+                self._pipeline.add(portion)
+            if self._cursor == 0:
+                self._first_pass_done = True
+                break
+
+    # Switching
+
+    def _switch(self) -> None:
+        """Pause, send the rest, have it confirmed, hand over. Whatever is raised, the guest is to be resumed."""
+        self._reporter.state(SWITCHING)
+        watch = self._watch = Stopwatch()
+        self._report.pause_parts_s = watch.parts_s
+        self._source.pause(self._limits.max_pause_s)
+        watch.lap("quiesce")
+        self._drain(watch)
+        self._watch = None
+        if self._verify:
+            self._compare_disks()
+            watch.lap("verify")
+        if self._keep_running:
+            self._source.resume()
+            watch.lap("resume")
+            with contextlib.suppress(LinkLost):  # the copy is confirmed, whatever becomes of the connection
+                self._send(Release())
+                self._wait_for(Released)
+        else:
+            self._source.hand_over(self._peer.endpoint)
+            watch.lap("hand over")
+            self._promote()
+            watch.lap("promote")
+
+    def _drain(self, watch: Stopwatch) -> None:
+        """Of the paused disk: send and have confirmed what is dirty, until nothing is. What is leased when the
+        pause begins can be dirty too: it is free to be taken after the first barrier."""
+        while True:
+            cursor = -1
+            while cursor:
+                portion, cursor = self._source.take(max(cursor, 0), self._source.size_bytes)
+                if portion is not None:
+                    self._pump_until(lambda: self._pipeline.open_portions < MAX_OPEN_PORTIONS)
+                    self._pipeline.add(portion)
+            self._pump_until(lambda: self._pipeline.is_all_sent)
+            watch.lap("send")
+            self._barrier()
+            watch.lap("flush")
+            if not any(self._source.dirty_bytes()):
+                return
+
+    def _barrier(self) -> None:
+        """Have the replica flush and confirm all that was sent. ReplicationError if the digests differ."""
+        expected = self._pipeline.digest.digest()
+        seq = self._pipeline.next_seq()
+        self._send(Barrier(seq))
+        reply = self._wait_for(Digest)
+        while reply.seq != seq:  # the answer to a barrier of a pause that was broken off
+            reply = self._wait_for(Digest)
+        if reply.digest != expected:
+            raise ReplicationError(f"the replica did not apply what was sent: its digest is {reply.digest.hex()}, "
+                                   f"the sync's {expected.hex()}", hint="run the sync again")
+        self._pipeline.on_ack(Ack(seq, seq, self._gauge.ack.flush_ns, self._gauge.ack.flush_bytes))
+        self._confirmed = expected
+
+    def _compare_disks(self) -> None:
+        """Read the whole disk at both ends; ReplicationError if they differ."""
+        self._send(Verify())
+        self._pipeline.settle(SETTLE_S)
+        content = ContentDigest(self._source.size_bytes)
+        for offset, data in self._source.log.read_extents([(0, self._source.size_bytes)]):
+            content.set(offset // VERIFY_CHUNK_BYTES, data)
+            self._hear()
+            self._guard()
+        reply = self._wait_for(Content)
+        if reply.digest != content.digest():
+            raise ReplicationError("the replica's disk differs from the primary's",
+                                   hint="does another process write to one of the images? then run the sync again")
+        self._report.verified = True
+
+    def _promote(self) -> None:
+        self._send(Promote(self._confirmed))
+        self._report.export = self._wait_for(Promoted).export
+
+    def _send(self, message: Message) -> None:
+        assert self._link is not None
+        self._link.send(message)

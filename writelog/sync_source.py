@@ -1,0 +1,176 @@
+"""The primary, as a sync sees it: the disk over its tapdisk's control socket, and one of its write logs.
+
+Everything here waits for its answer, for a bounded time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+from pathlib import Path
+from typing import Any, Final
+
+from tapcore.control import ControlClient, find_disk
+from tapcore.errors import ReplicationError, UsageError, WritelogError
+from tapcore.request import STATUS_ZERO
+from writelog.client import LogClient
+from writelog.sync_pipeline import Portion, split
+
+MAP_MIN_BYTES: Final = 1 << 20
+"""Extents shorter than this are read without asking the map: that costs as much."""
+MAP_MAX_BYTES: Final = 1 << 30
+"""Asked of one call."""
+
+
+class Source:
+    """The disk `name` and its log `log_name` (may be left out if there is one). UsageError if there is no such
+    disk or log, ReplicationError if another sync has the log."""
+
+    def __init__(self, run_dir: Path, name: str, log_name: str | None = None) -> None:
+        self.name = name
+        self.paused = False
+        self.handed_over = False
+        self._run_dir = run_dir
+        self._leases: set[int] = set()
+        self._control: ControlClient = find_disk(run_dir, name)
+        self._log: LogClient | None = None
+        self._lock_fd = -1
+        try:
+            info = self._control.call("info", disk=name)
+            self.size_bytes = int(info["size"])
+            self._socket = self._find_log(info["logs"], log_name)
+            self._lock()
+            self._log = LogClient(self._socket)
+            if self._log.size_bytes != self.size_bytes:
+                raise ReplicationError(f"disk {name!r} has {self.size_bytes} bytes, but its write log covers "
+                                       f"{self._log.size_bytes}")
+        except BaseException:
+            self.close()
+            raise
+
+    def _find_log(self, logs: list[dict[str, Any]], name: str | None) -> str:
+        names = ", ".join(str(log["name"]) for log in logs)
+        if not logs:
+            raise UsageError(f"disk {self.name!r} has no write log",
+                             hint="open it with one, such as log:|aio:/vm/disk.img")
+        found = [log for log in logs if name in (None, log["name"])]
+        if not found:
+            raise UsageError(f"disk {self.name!r} has no write log called {name!r}", hint=f"it has {names}")
+        if len(found) > 1:
+            raise UsageError(f"disk {self.name!r} has {len(logs)} write logs", hint=f"choose with --log: {names}")
+        return str(found[0]["socket"])
+
+    def _lock(self) -> None:
+        """Two syncs of one log would each take what the other needs."""
+        self._lock_fd = os.open(f"{self._socket}.sync", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ReplicationError(f"another sync of disk {self.name!r} uses this write log", errno=errno.EBUSY,
+                                   hint="wait for it, or open the disk with a log for each replica") from None
+
+    @property
+    def log(self) -> LogClient:
+        assert self._log is not None
+        return self._log
+
+    def close(self) -> None:
+        """Leave the disk as it is; leases return to the log, and a guest that is held goes on."""
+        if self._log is not None:
+            self._log.close()
+        self._control.close()
+        if self._lock_fd >= 0:
+            os.close(self._lock_fd)
+
+    # The log
+
+    def fill(self) -> None:
+        """The replica is taken to have nothing."""
+        self.log.fill()
+
+    def dirty_bytes(self) -> tuple[int, int]:
+        """(dirty, leased)."""
+        figures = self.log.stat()
+        block_bytes = figures.granularity_bytes
+        return figures.dirty_blocks * block_bytes, figures.leased_blocks * block_bytes
+
+    def take(self, offset: int, length: int) -> tuple[Portion | None, int]:
+        """What is dirty in [offset, offset + length), as a portion (None if nothing is), and where to go on; 0 at
+        the disk's end.
+
+        First the extents are taken, then the map is asked, and read still later: a write after the taking makes
+        its block dirty again, so whatever map and read find of it, it is sent once more.
+        """
+        end = min(offset + length, self.size_bytes)
+        taken = self.log.get(0, offset, end - offset)
+        following = taken.next_offset or end
+        if following >= self.size_bytes:
+            following = 0
+        if not taken.extents:
+            self.log.commit(taken.lease)
+            return None, following
+        self._leases.add(taken.lease)
+        items = [item for start, size in taken.extents for item in self._items(start, size)]
+        return Portion(taken.lease, items), following
+
+    def commit(self, portion: Portion) -> None:
+        """The replica has the portion on its disk."""
+        self.log.commit(portion.lease)
+        self._leases.discard(portion.lease)
+
+    def reclaim(self) -> None:
+        """What was taken and not committed is dirty again."""
+        while self._leases:
+            self.log.reclaim(self._leases.pop())
+
+    def _items(self, offset: int, length: int) -> list[tuple[bool, int, int]]:
+        if length < MAP_MIN_BYTES:
+            return [(False, offset, length)]
+        extents: list[tuple[int, int, bool]] = []
+        at, end = offset, offset + length
+        while at < end:
+            answer = self._control.call("map", disk=self.name, offset=at, length=min(end - at, MAP_MAX_BYTES))
+            for start, size, flags in answer["extents"]:
+                extents.append((start, size, bool(flags & STATUS_ZERO)))
+                at = max(at, start + size)
+            if not answer["extents"]:
+                break
+        return list(split(offset, length, extents))
+
+    # The guest
+
+    def pause(self, timeout_s: float) -> None:
+        """Hold the guest's requests back; nothing is in flight afterwards. ControlError if that takes longer than
+        `timeout_s`: then the connection that holds the guest is closed, and it goes on."""
+        usual_s, self._control.timeout_s = self._control.timeout_s, timeout_s
+        self._control.call("pause", disk=self.name, hold=True)
+        self._control.timeout_s = usual_s
+        self.paused = True
+
+    def resume(self) -> None:
+        """Let the guest go on, unless the disk was handed over."""
+        if self.paused and not self.handed_over:
+            self._control.call("unpause", disk=self.name)
+            self.paused = False
+
+    def hand_over(self, to: str) -> None:
+        """Make the pause permanent: from now on the replica is the primary. If the answer is lost, the tapdisk is
+        asked what became of it; ReplicationError if it cannot be told."""
+        try:
+            self._control.call("handover", disk=self.name, to=to)
+        except WritelogError as error:
+            if not self._was_handed_over(to):
+                raise ReplicationError(f"the primary could not be handed over: {error.message}",
+                                       errno=error.errno, hint=error.hint) from error
+        self.handed_over = True
+
+    def _was_handed_over(self, to: str) -> bool:
+        with contextlib.suppress(WritelogError):
+            control = find_disk(self._run_dir, self.name)
+            try:
+                return to in str(control.call("info", disk=self.name).get("fenced") or "")
+            finally:
+                control.close()
+        return False

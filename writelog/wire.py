@@ -1,0 +1,316 @@
+"""The replication protocol: what a sync and a replica say to each other. Bytes in, messages out; no I/O.
+
+    sync                                     replica
+      HELLO version, session, size  ──────▶  right version, size, writable, no other sync: else REFUSED
+                                    ◀──────  WELCOME: resumed (it knows this session), credit
+      DATA, ZERO, DATA …  (seq 1, 2 …) ───▶  checked, applied in order where they overlap
+                                    ◀──────  ACK applied, durable: all up to these seqs; at least once a second
+      BARRIER seq                   ──────▶  applies all before it, flushes
+                                    ◀──────  DIGEST of all that this connection brought, in order
+      VERIFY (optional)             ──────▶  reads its whole disk back
+                                    ◀──────  CONTENT digest
+      PROMOTE digest, or RELEASE    ──────▶  opens its export, or stays a replica
+                                    ◀──────  PROMOTED or RELEASED
+
+A message is one header frame, a msgpack array [kind, field …] with the fields of the class of that kind in their
+order, and for DATA a second frame, the payload. Whatever the version, HELLO begins [1, version] and REFUSED keeps
+its form, so that two versions can always tell each other that they do not match. Instead of any answer the
+replica can send ERROR; then the session is over. A connection that drops is followed by a new one that begins
+with HELLO and seq 1. Offsets and lengths are bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from enum import IntEnum
+from typing import Any, Final, TypeAlias
+
+import msgpack
+import xxhash
+
+from tapcore.errors import ProtocolError
+from tapcore.layout import Buffer, Layout
+
+VERSION: Final = 1
+
+MAX_HEADER_BYTES: Final = 8192
+MAX_TEXT_CHARS: Final = 1024
+MAX_DATA_BYTES: Final = 1 << 20
+"""Payload of one DATA."""
+MAX_ZERO_BYTES: Final = 1 << 30
+"""Range of one ZERO."""
+MAX_INT: Final = (1 << 63) - 1
+CHECKSUM_BYTES: Final = 16
+NO_CHECKSUM: Final = bytes(CHECKSUM_BYTES)
+"""Stands for the checksum of a ZERO in the digest."""
+VERIFY_CHUNK_BYTES: Final = 256 << 10
+"""What one hash of a CONTENT digest covers."""
+
+
+class Kind(IntEnum):
+    """The first element of a header."""
+
+    HELLO = 1
+    WELCOME = 2
+    REFUSED = 3
+    DATA = 4
+    ZERO = 5
+    ACK = 6
+    BARRIER = 7
+    DIGEST = 8
+    VERIFY = 9
+    CONTENT = 10
+    PROMOTE = 11
+    PROMOTED = 12
+    RELEASE = 13
+    RELEASED = 14
+    ERROR = 15
+
+
+class Refusal(IntEnum):
+    """Why a replica answers HELLO with REFUSED."""
+
+    VERSION = 1
+    SIZE = 2
+    READ_ONLY = 3
+    BUSY = 4
+    PROMOTED = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """`session` is 16 random bytes that stay the same when a sync connects again."""
+
+    version: int
+    session: bytes
+    size_bytes: int
+    disk: str
+
+
+@dataclass(frozen=True, slots=True)
+class Welcome:
+    """`resumed`: the replica has had this session before and kept all that it confirmed. `credit_bytes`: how much
+    may be sent beyond what it has applied."""
+
+    resumed: bool
+    credit_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    reason: int
+    message: str
+    hint: str
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    """The payload, of `length` bytes, follows in a frame of its own; `checksum` is its xxh3_128."""
+
+    seq: int
+    offset: int
+    length: int
+    checksum: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Zero:
+    """The range reads as zeroes; it may become a hole."""
+
+    seq: int
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ack:
+    """Everything up to seq `applied` is in the chain, up to `durable` it was flushed too. The last flush took
+    `flush_ns` and covered `flush_bytes`."""
+
+    applied: int
+    durable: int
+    flush_ns: int
+    flush_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Barrier:
+    seq: int
+
+
+@dataclass(frozen=True, slots=True)
+class Digest:
+    """All up to the barrier `seq` is durable; `digest` is the RunningDigest over it, the barrier left out."""
+
+    seq: int
+    digest: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Verify:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    digest: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Promote:
+    """`digest` must be that of the barrier that the replica confirmed last."""
+
+    digest: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Promoted:
+    """`export` is where the replica serves the disk now; empty if it does not."""
+
+    export: str
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Released:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """ERROR: the replica gave the session up."""
+
+    errno: int
+    message: str
+    hint: str
+
+
+Message: TypeAlias = (Hello | Welcome | Refused | Data | Zero | Ack | Barrier | Digest | Verify | Content | Promote
+                      | Promoted | Release | Released | Failure)
+
+CLASSES: Final[dict[int, type[Any]]] = {
+    Kind.HELLO: Hello, Kind.WELCOME: Welcome, Kind.REFUSED: Refused, Kind.DATA: Data, Kind.ZERO: Zero,
+    Kind.ACK: Ack, Kind.BARRIER: Barrier, Kind.DIGEST: Digest, Kind.VERIFY: Verify, Kind.CONTENT: Content,
+    Kind.PROMOTE: Promote, Kind.PROMOTED: Promoted, Kind.RELEASE: Release, Kind.RELEASED: Released,
+    Kind.ERROR: Failure,
+}
+_KINDS: Final = {cls: int(kind) for kind, cls in CLASSES.items()}
+_NAMES: Final = {kind: tuple(field.name for field in fields(cls)) for kind, cls in CLASSES.items()}
+_BYTES_FIELDS: Final = frozenset({"session", "checksum", "digest"})
+_TEXT_FIELDS: Final = frozenset({"disk", "message", "hint", "export"})
+
+
+def encode(message: Message) -> bytes:
+    """The header frame of `message`; texts are cut at MAX_TEXT_CHARS."""
+    kind = _KINDS[type(message)]
+    header = [kind]
+    for name in _NAMES[kind]:
+        value = getattr(message, name)
+        header.append(value[:MAX_TEXT_CHARS] if name in _TEXT_FIELDS else value)
+    return bytes(msgpack.packb(header))
+
+
+def decode(frames: Sequence[Buffer]) -> tuple[Message, Buffer | None]:
+    """The message in `frames` (header, and for DATA the payload) and its payload, lengths checked against each
+    other; the checksum is left to `payload_is_intact`. ProtocolError says what is wrong."""
+    if not frames or len(frames[0]) > MAX_HEADER_BYTES:
+        raise ProtocolError(f"a message of {len(frames)} frames has no header of at most {MAX_HEADER_BYTES} bytes")
+    message = _decode_header(frames[0])
+    if not isinstance(message, Data):
+        if len(frames) != 1:
+            raise ProtocolError(f"{type(message).__name__} came with {len(frames) - 1} frames too many")
+        return message, None
+    if len(frames) != 2 or len(frames[1]) != message.length:
+        sizes = [len(frame) for frame in frames[1:]]
+        raise ProtocolError(f"DATA of {message.length} bytes came with payload frames of {sizes} bytes",
+                            offset=message.offset)
+    return message, frames[1]
+
+
+def _decode_header(header: Buffer) -> Message:
+    try:
+        values = msgpack.unpackb(header, raw=False, max_array_len=16, max_map_len=0, max_ext_len=0)
+    except (ValueError, msgpack.exceptions.UnpackException, RecursionError) as error:
+        raise ProtocolError(f"a header is not msgpack: {type(error).__name__}") from None
+    if not isinstance(values, list) or not values or type(values[0]) is not int or values[0] not in CLASSES:
+        raise ProtocolError("a header is not an array that begins with a known kind")
+    kind, *values = values
+    if kind == Kind.HELLO and values and type(values[0]) is int and values[0] != VERSION:
+        return Hello(values[0], bytes(CHECKSUM_BYTES), 0, "")
+    names = _NAMES[kind]
+    if len(values) != len(names):
+        raise ProtocolError(f"{Kind(kind).name} has {len(values)} fields, not {len(names)}")
+    for name, value in zip(names, values, strict=True):
+        if not _is_valid(name, value):
+            raise ProtocolError(f"{Kind(kind).name} has a {name} that it cannot have")
+    message: Message = CLASSES[kind](*values)
+    if isinstance(message, Data | Zero):
+        limit = MAX_DATA_BYTES if kind == Kind.DATA else MAX_ZERO_BYTES
+        if not 0 < message.length <= limit:
+            raise ProtocolError(f"{Kind(kind).name} of {message.length} bytes: 1 to {limit} are allowed",
+                                offset=message.offset)
+    return message
+
+
+def _is_valid(name: str, value: object) -> bool:
+    if name in _BYTES_FIELDS:
+        return type(value) is bytes and len(value) == CHECKSUM_BYTES
+    if name in _TEXT_FIELDS:
+        return type(value) is str and len(value) <= MAX_TEXT_CHARS
+    if name == "resumed":
+        return type(value) is bool
+    return type(value) is int and 0 <= value <= MAX_INT
+
+
+def checksum(payload: Buffer) -> bytes:
+    """xxh3_128, as DATA carries it."""
+    return xxhash.xxh3_128_digest(payload)
+
+
+_RECORD: Final = Layout("digest record", "<", "seq:Q kind:Q offset:Q length:Q checksum:16s", size=48)
+_pack_record = _RECORD.struct.pack
+
+
+class RunningDigest:
+    """xxh3_128 over the records of all DATA and ZERO of one connection, in their order. Both ends keep one: equal
+    digests say that the replica applied what the sync sent, all of it, nothing else and in that order."""
+
+    def __init__(self) -> None:
+        self._hash = xxhash.xxh3_128()
+
+    def add(self, message: Data | Zero) -> None:
+        if isinstance(message, Data):
+            kind, check = Kind.DATA, message.checksum
+        else:
+            kind, check = Kind.ZERO, NO_CHECKSUM
+        self._hash.update(_pack_record(message.seq, kind, message.offset, message.length, check))
+
+    def digest(self) -> bytes:
+        return self._hash.digest()
+
+
+class ContentDigest:
+    """The digest of a whole disk of `size_bytes`: xxh3_128 over the xxh3_128 of each VERIFY_CHUNK_BYTES of it,
+    which may come in any order."""
+
+    def __init__(self, size_bytes: int) -> None:
+        self.chunks = -(-size_bytes // VERIFY_CHUNK_BYTES)
+        self._size_bytes = size_bytes
+        self._digests = bytearray(self.chunks * CHECKSUM_BYTES)
+
+    def range_of(self, chunk: int) -> tuple[int, int]:
+        """Offset and length in bytes of the chunk number `chunk`."""
+        offset = chunk * VERIFY_CHUNK_BYTES
+        return offset, min(VERIFY_CHUNK_BYTES, self._size_bytes - offset)
+
+    def set(self, chunk: int, data: Buffer) -> None:
+        self._digests[chunk * CHECKSUM_BYTES : (chunk + 1) * CHECKSUM_BYTES] = checksum(data)
+
+    def digest(self) -> bytes:
+        """Once every chunk was set."""
+        return xxhash.xxh3_128_digest(self._digests)
