@@ -20,6 +20,9 @@ Callback = Callable[[], None]
 
 MAX_EVENTS = 256
 """Events taken from one epoll_wait."""
+MIN_SPIN_S = 5e-6
+MAX_SPIN_S = 100e-6
+"""How long to look for events before sleeping, where that pays."""
 
 
 class Timer:
@@ -55,6 +58,7 @@ class Loop:
         self._woken = False
         self._stopping = False
         self._closed = False
+        self._spin_s = 0.0
         self.add_reader(self._wake_fd, self._on_wake)
 
     def time_s(self) -> float:
@@ -132,7 +136,7 @@ class Loop:
         elif self._timers:
             wait_s = max(0.0, min(wait_s, self._timers[0].when_s - self.time_s()))
         handlers = self._handlers
-        for fd, events in self._epoll.poll(wait_s, MAX_EVENTS):
+        for fd, events in self._wait(wait_s):
             reader, writer = handlers.get(fd, (None, None))
             if writer is not None and events & ~select.EPOLLIN:
                 self._call(writer)
@@ -143,6 +147,34 @@ class Loop:
         soon = self._soon
         for _ in range(len(soon)):
             self._call(soon.popleft())
+
+    def _wait(self, wait_s: float) -> list[tuple[int, int]]:
+        """The events that are ready within `wait_s`.
+
+        A thread that sleeps takes tens of microseconds to wake, more than most requests take to serve. So before
+        it sleeps the loop asks again and again for a little while, as QEMU's event loop does: for longer when the
+        last event came soon after it had gone to sleep, for shorter when none came for long.
+        """
+        poll = self._epoll.poll
+        events = poll(0, MAX_EVENTS)
+        if events or wait_s <= 0:
+            return events
+        clock = time.monotonic
+        start_s = clock()
+        if self._spin_s:
+            end_s = start_s + self._spin_s
+            while clock() < end_s:
+                events = poll(0, MAX_EVENTS)
+                if events:
+                    return events
+        events = poll(wait_s, MAX_EVENTS)
+        if clock() - start_s < MAX_SPIN_S:
+            self._spin_s = min(max(2 * self._spin_s, MIN_SPIN_S), MAX_SPIN_S)
+        else:
+            self._spin_s /= 2
+            if self._spin_s < MIN_SPIN_S:
+                self._spin_s = 0.0
+        return events
 
     def close(self) -> None:
         """Release the descriptors. Nothing may be called afterwards."""

@@ -110,7 +110,8 @@ def fio(row: FioRow, uri: str, seconds: float, size_bytes: int) -> float:
                f"--runtime={seconds}", "--ramp_time=0.5", f"--size={size_bytes}", "--randrepeat=0",
                "--output-format=json"]
     outcome = subprocess.run(command, capture_output=True, check=True, timeout=seconds + 60)
-    job = json.loads(outcome.stdout)["jobs"][0]
+    # fio puts its warnings in front of the JSON.
+    job = json.loads(outcome.stdout[outcome.stdout.index(b"{") :])["jobs"][0]
     side = job["read" if "read" in row.kind else "write"]
     return float(side["iops"]) if row.unit == "IOPS" else side["bw_bytes"] / 1e6
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tapcore import loop as loop_module
 from tapcore.loop import Loop
 
 
@@ -193,3 +194,40 @@ def test_close_releases_the_descriptors() -> None:
     loop.close()
     loop.remove(0)
     assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+def test_the_loop_looks_for_events_before_it_sleeps_only_while_they_come_quickly(
+    loop: Loop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sleeps of a given length are followed by longer looks if they are short, by none if they are long."""
+    now_s = 100.0
+    slept_s = 0.0
+    asked = 0
+
+    class Poller:
+        def poll(self, wait_s: float, most: int) -> list[tuple[int, int]]:
+            nonlocal now_s, asked
+            now_s += 1e-6 if wait_s == 0 else slept_s
+            asked += wait_s == 0
+            return []
+
+    def looks(sleep_s: float) -> int:
+        """How often the loop asks in a turn whose sleep takes `sleep_s`."""
+        nonlocal asked, slept_s
+        asked, slept_s = 0, sleep_s
+        loop.turn(1)
+        return asked
+
+    monkeypatch.setattr(loop_module.time, "monotonic", lambda: now_s)
+    epoll = loop._epoll
+    try:
+        loop._epoll = Poller()  # type: ignore[assignment]
+        assert looks(10e-6) == 1
+        rising = [looks(10e-6) for _ in range(4)]
+        assert rising == sorted(rising) and rising[-1] > rising[0] > 1
+        assert max(looks(1e-6) for _ in range(20)) < 120
+        for _ in range(10):
+            looks(0.5)
+        assert looks(0.5) == 1
+    finally:
+        loop._epoll = epoll
