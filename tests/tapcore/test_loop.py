@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tapcore import loop as loop_module
 from tapcore.loop import Loop
 
 
@@ -218,7 +218,7 @@ def test_the_loop_looks_for_events_before_it_sleeps_only_while_they_come_quickly
         loop.turn(1)
         return asked
 
-    monkeypatch.setattr(loop_module.time, "monotonic", lambda: now_s)
+    monkeypatch.setattr(time, "monotonic", lambda: now_s)
     epoll = loop._epoll
     try:
         loop._epoll = Poller()  # type: ignore[assignment]
