@@ -18,6 +18,7 @@ from tapcore.errors import ControlError, UsageError, WritelogError
 from tapcore.request import STATUS_HOLE, STATUS_ZERO
 from tapcore.rundir import default_run_dir
 from tapcore.tapdisk import seconds
+from tapcore.text import size_text
 
 logger = logging.getLogger(__name__)
 
@@ -324,16 +325,6 @@ def _print_table(headings: list[str], rows: list[list[str]]) -> None:
         cells = [text.rjust(width) if heading.startswith(">") else text.ljust(width)
                  for text, width, heading in zip(line, widths, headings, strict=True)]
         print("  ".join(cells).rstrip())
-
-
-def size_text(size_bytes: int) -> str:
-    """For people: 4096 is 4 KiB."""
-    value = float(size_bytes)
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if value < 1024:
-            return f"{value:.4g} {unit}"
-        value /= 1024
-    return f"{value:.4g} PiB"
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ MAX_FILE_LINES = 500
 MAX_TEST_FILE_LINES = 800
 
 LAYERS = """
-tapcore tapcore.errors tapcore.layout writelog
+tapcore tapcore.errors tapcore.layout tapcore.text writelog
 tapcore.request tapcore.loop tapcore.rundir tapcore.params tapcore.workers tapcore.stats tapcore.unixsocket \
  writelog.bitmap writelog.control writelog.ring writelog.dirtymap writelog.wire writelog.plan writelog.shm
 tapcore.driver tapcore.rawfile tapcore.imagelock tapcore.directio tapcore.drivers writelog.logstore \

@@ -18,6 +18,7 @@ from bitarray import bitarray
 
 from tapcore.errors import LogError, UsageError, WritelogError
 from tapcore.rundir import default_run_dir
+from tapcore.text import size_text
 from writelog.client import DEFAULT_TIMEOUT_S, LogClient
 from writelog.logstream import StreamInfo, write_stream
 from writelog.shm import socket_path
@@ -153,10 +154,10 @@ def _stat(log: LogClient, options: argparse.Namespace) -> int:
         print(json.dumps(asdict(figures) | {"size_bytes": log.size_bytes}))
         return EXIT_OK
     block = figures.granularity_bytes
-    print(f"disk         {_size(log.size_bytes)} ({figures.sectors} sectors)")
-    print(f"granularity  {_size(block)}")
-    print(f"dirty        {_size(figures.dirty_blocks * block)} ({figures.dirty_blocks} blocks)")
-    print(f"leased       {_size(figures.leased_blocks * block)} ({figures.leased_blocks} blocks, "
+    print(f"disk         {size_text(log.size_bytes)} ({figures.sectors} sectors)")
+    print(f"granularity  {size_text(block)}")
+    print(f"dirty        {size_text(figures.dirty_blocks * block)} ({figures.dirty_blocks} blocks)")
+    print(f"leased       {size_text(figures.leased_blocks * block)} ({figures.leased_blocks} blocks, "
           f"{figures.leases} leases)")
     print(f"in flight    {figures.in_flight} writes")
     print(f"clients      {figures.clients}")
@@ -250,7 +251,7 @@ def _print_extents(log: LogClient, extents: Iterator[tuple[int, int]], as_json: 
         print(f"{offset:16} {length:16}")
         count += 1
         total += length
-    print(f"{count} extents, {_size(total)} of {_size(log.size_bytes)}")
+    print(f"{count} extents, {size_text(total)} of {size_text(log.size_bytes)}")
     return EXIT_OK if count else EXIT_CLEAN
 
 
@@ -259,7 +260,7 @@ def _print_total(extents: list[tuple[int, int]], what: str, as_json: bool) -> in
     if as_json:
         print(json.dumps({"extents": len(extents), "bytes": total}))
     else:
-        print(f"{len(extents)} extents, {_size(total)}, {what}")
+        print(f"{len(extents)} extents, {size_text(total)}, {what}")
     return EXIT_OK if extents else EXIT_CLEAN
 
 
@@ -285,17 +286,8 @@ def _print_picture(log: LogClient, bits: bitarray) -> None:
     per_cell = log.size_bytes / max(1, sum(len(line) for line in lines))
     dirty = bits.count() * log.granularity_bytes
     console.print(Panel("\n".join(line.ljust(columns) for line in lines), title=Path(log.path).name, expand=False))
-    console.print(Text(f"one cell is {_size(int(per_cell))}; {_size(dirty)} of {_size(log.size_bytes)} dirty"))
-
-
-def _size(size_bytes: int) -> str:
-    """For people: 4096 is 4 KiB."""
-    value = float(size_bytes)
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if value < 1024:
-            return f"{value:.4g} {unit}"
-        value /= 1024
-    return f"{value:.4g} PiB"
+    console.print(Text(f"one cell is {size_text(int(per_cell))}; "
+                       f"{size_text(dirty)} of {size_text(log.size_bytes)} dirty"))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Final
 
+from tapcore.text import size_text
+
 ASSUMED_RATE: Final = 50e6
 """Send rate before any was measured."""
 NOTICEABLE: Final = 0.95
@@ -113,15 +115,6 @@ def decide(outlook: Outlook, limits: Limits) -> Decision:
 def _figures(outlook: Outlook) -> str:
     return (f"{size_text(outlook.dirty_rate)}/s are written, {size_text(outlook.send_rate or 0)}/s are sent, "
             f"{size_text(outlook.remaining_bytes)} remain, the pause would take {outlook.pause_s:.2f} s")
-
-
-def size_text(size_bytes: float) -> str:
-    """Bytes for people: "1.5 GiB"."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size_bytes < 1024:
-            return f"{size_bytes:.0f} B" if unit == "B" else f"{size_bytes:.1f} {unit}"
-        size_bytes /= 1024
-    return f"{size_bytes:.1f} TiB"
 
 
 def flush_estimate_s(last_flush_s: float, last_flush_bytes: int, pending_bytes: int) -> float:

@@ -8,7 +8,7 @@ import time
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final, TextIO
 
-from writelog.plan import size_text
+from tapcore.text import size_text
 
 JSON_INTERVAL_S: Final = 0.5
 LINE_INTERVAL_S: Final = 2.0

@@ -18,7 +18,6 @@ from processes import Tapdisk
 from tapcore import unixsocket
 from tapcore.control import find_disk
 from tapcore.nbd.client import NbdClient
-from tapcore.tapctl import size_text
 from writelog.logstore import forget
 
 TIMEOUT_S = 20
@@ -248,9 +247,3 @@ def test_a_table_on_a_terminal(ctl: TapCtl, serve: Serve) -> None:
     _, error = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 0, error
     assert b"vm1" in output and b"\x1b[1m" in output and b"1 MiB" in output
-
-
-@pytest.mark.parametrize(("size_bytes", "text"), [(0, "0 B"), (1023, "1023 B"), (4096, "4 KiB"),
-                                                  (1536 << 20, "1.5 GiB"), (3 << 50, "3 PiB")])
-def test_sizes_for_people(size_bytes: int, text: str) -> None:
-    assert size_text(size_bytes) == text
