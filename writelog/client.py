@@ -329,6 +329,9 @@ class LogClient:
         result: dict[str, int] = RESULT.unpack(self._memory().memory, RESULT_OFFSET)
         if reply == FAIL:
             code = result["error"] or errno.EPROTO
+            if code == errno.EBUSY:
+                raise LogError("another client holds the log", errno=code, path=self.path,
+                               hint="a sync or a backup is using it: wait until it has ended")
             raise LogError(f"the log server refused {message.command.decode()}: {os.strerror(code)}", errno=code,
                            path=self.path)
         return result

@@ -30,7 +30,9 @@ ENOENT for a lease of nobody or of somebody else, ENOSPC for too many leases); `
 ranges exported or blocks in the bitmap; `next_sector`, where the same message has to go on because the export area
 was full, or 0 when there is nothing more.
 
-A lease belongs to its connection: what is not committed when the connection ends is dirty again.
+A lease belongs to its connection: what is not committed when the connection ends is dirty again. A connection that
+has sent a version 1 `getw` or `clrw` holds the log until it ends: meanwhile those of others, also the original's,
+are answered `fail` (EBUSY), since what they took or cleared the holder would miss. All may `peek` and read.
 """
 
 from __future__ import annotations

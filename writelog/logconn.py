@@ -80,6 +80,8 @@ class LogContext:
     run_dir: Path
     name: str
     generation: int
+    holder: Connection | None = None
+    """The one that has taken or filled by a version 1 message: until it ends, others only look."""
     connections: set[Connection] = field(default_factory=set)
     """All that still have a client or reads in flight."""
     reads: int = 0
@@ -143,6 +145,8 @@ class Connection:
         for lease in self._leases.values():
             self._map.close_lease(lease)
         self._leases.clear()
+        if self._context.holder is self:
+            self._context.holder = None
         if self._region is not None:
             unlink_shared(self._region.name)
         self._release_if_idle()
@@ -263,6 +267,8 @@ class Connection:
             if message.command == SHMP:
                 COOKIE_WORD.pack_into(region.memory, 0, cookie=COOKIE)
                 return encode_shmp_reply(region.name)
+            if message.command in (GET, CLEAR):
+                self._check_holder(message)
             if message.version == Version.ORIGINAL:
                 yield from self._answer_original(message, region)
             else:
@@ -271,6 +277,15 @@ class Connection:
             region.put_result(error=error.errno)
             return FAIL
         return DONE
+
+    def _check_holder(self, message: Message) -> None:
+        """LogError if another connection holds the log: what this one took or cleared, the other would miss. A
+        message of version 1 makes its connection the holder."""
+        context = self._context
+        if context.holder not in (None, self):
+            raise LogError("another client holds the log", errno=errno.EBUSY)
+        if message.version != Version.ORIGINAL:
+            context.holder = self
 
     def _answer_original(self, message: Message, region: Region) -> Generator[None, None, None]:
         """The original's messages. `getw` is a lease that lasts until its reply: if tapdisk or the client dies

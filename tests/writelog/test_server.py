@@ -314,19 +314,45 @@ def _outcome_for_nobody(path: str) -> int:
 
 # Version 1
 
-def test_a_lease_is_kept_from_others_until_it_is_settled(rig: Rig, raw: RawClient) -> None:
+@pytest.mark.parametrize("first", [(b"getw", 0), (b"clrw", ClearOp.FILL)])
+def test_one_client_holds_the_log_and_others_only_look(rig: Rig, raw: RawClient, first: tuple[bytes, int]) -> None:
     rig.write(0, b"x" * 3 * BLOCK)
     raw.attach()
     other = rig.raw()
     other.attach()
+    command, op = first
+    assert raw.ask(command, version=1, op=op) == b"done"
+    seen = (rig.dirty(), rig.leased())
+    for command in (b"getw", b"clrw"):
+        assert other.ask(command) == b"fail"
+        assert other.ask(command, version=1) == b"fail"
+        assert result(other)["error"] == errno.EBUSY
+    assert (rig.dirty(), rig.leased()) == seen
+    assert other.ask(b"peek") == b"done"
+    assert other.ranges()[0][0] == 0
+    raw.close()
+    wait_for_clients(rig, 1)
+    assert other.ask(b"getw") == b"done"
+    assert other.ranges()[0][0] == 0
+    assert other.ask(b"clrw") == b"done"
+    assert (rig.dirty(), rig.leased()) == ([], [])
+    other.close()
+
+
+def test_the_original_messages_hold_nothing(rig: Rig, raw: RawClient) -> None:
+    raw.attach()
+    assert raw.ask(b"getw") == b"done"
+    other = rig.raw()
+    other.attach()
+    assert other.ask(b"getw", version=1) == b"done"
+    other.close()
+
+
+def test_a_lease_is_settled_in_parts(rig: Rig, raw: RawClient) -> None:
+    rig.write(0, b"x" * 3 * BLOCK)
+    raw.attach()
     assert raw.ask(b"getw", version=1) == b"done"
     lease = result(raw)["lease"]
-    assert other.ask(b"getw") == b"done"
-    assert other.ranges() == []
-    assert other.ask(b"peek") == b"done"
-    assert other.ranges() == [(0, 24)]
-    assert other.ask(b"clrw", version=1, lease=lease) == b"fail"
-    assert result(other)["error"] == errno.ENOENT
     assert raw.ask(b"clrw", version=1, op=ClearOp.RECLAIM, lease=lease, sector=9, count=1) == b"done"
     assert (rig.dirty(), rig.leased()) == ([1], [0, 2])
     assert raw.ask(b"clrw", version=1, op=ClearOp.COMMIT, lease=lease, sector=1, count=22) == b"done"
@@ -334,7 +360,6 @@ def test_a_lease_is_kept_from_others_until_it_is_settled(rig: Rig, raw: RawClien
     assert raw.ask(b"clrw", version=1, op=ClearOp.COMMIT, lease=lease) == b"done"
     assert (rig.dirty(), rig.leased()) == ([1], [])
     assert raw.ask(b"clrw", version=1, op=ClearOp.COMMIT, lease=lease) == b"fail"
-    other.close()
 
 
 def test_ranges_and_cursors(rig: Rig, raw: RawClient) -> None:
