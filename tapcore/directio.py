@@ -164,7 +164,12 @@ class WriteGate:
         self._unaligned -= self._running.pop(request)
         ready: list[Request] = []
         still: deque[Request] = deque()
+        first, last = self._pages(request)
         for waiting in self._waiting:
+            waiting_first, waiting_last = self._pages(waiting)
+            if waiting_first > last or waiting_last < first:
+                still.append(waiting)  # for others
+                continue
             unaligned = self._is_unaligned(waiting)
             if self._must_wait(waiting, unaligned, still):
                 still.append(waiting)
@@ -174,6 +179,11 @@ class WriteGate:
         self._waiting = still
         return ready
 
+    def _pages(self, request: Request) -> tuple[int, int]:
+        """The first and the last page that it touches."""
+        page_bytes = self._page_bytes
+        return request.offset // page_bytes, (request.offset + request.length - 1) // page_bytes
+
     def _is_unaligned(self, request: Request) -> bool:
         unit_bytes = self._block_bytes if request.op == WRITE else self._page_bytes
         return bool((request.offset | request.length) & (unit_bytes - 1))
@@ -181,8 +191,7 @@ class WriteGate:
     def _must_wait(self, request: Request, unaligned: bool, before: deque[Request]) -> bool:
         """Does `request` meet one that runs, or waits in front of it, where one of the two is not aligned?"""
         page_bytes = self._page_bytes
-        first = request.offset // page_bytes
-        last = (request.offset + request.length - 1) // page_bytes
+        first, last = self._pages(request)
         for other in (*self._running, *before):
             if (other.offset // page_bytes <= last and first <= (other.offset + other.length - 1) // page_bytes
                     and (unaligned or self._is_unaligned(other))):

@@ -28,6 +28,8 @@ FAST: Final = 4
 """Zeroes only if that is quicker than writing them; otherwise ENOTSUP and nothing is changed."""
 BACKGROUND: Final = 8
 """Not the guest's: drivers do the I/O in a worker, so that the loop stays free for the guest."""
+ABANDONED: Final = 16
+"""Its owner has gone: not to be tried again. Of no concern to drivers."""
 
 STATUS_HOLE: Final = 1
 STATUS_ZERO: Final = 2

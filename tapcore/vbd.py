@@ -24,10 +24,22 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from tapcore.chain import Chain, open_chain
-from tapcore.driver import VERBS, DiskInfo, Env, OpenFlag
+from tapcore.driver import VERBS, DiskInfo, Env, Feature, OpenFlag
 from tapcore.errors import ControlError, WritelogError
 from tapcore.loop import Timer
-from tapcore.request import BACKGROUND, OP_NAMES, STATUS, WRITE, Extent, Request
+from tapcore.request import (
+    ABANDONED,
+    BACKGROUND,
+    DISCARD,
+    FLUSH,
+    OP_NAMES,
+    STATUS,
+    WRITE,
+    ZEROES,
+    Extent,
+    Request,
+    fail,
+)
 from tapcore.stats import Stats, bucket_of
 
 logger = logging.getLogger(__name__)
@@ -80,8 +92,14 @@ class Vbd:
         self._retrying: list[Request] = []
         self._retry_timer: Timer | None = None
         self._idle_waiters: list[Callable[[], None]] = []
+        self._strays: set[Request] = set()
+        self._stray_waiters: list[Callable[[], None]] = []
         self._watchdog: Timer | None = None
         self._reported: set[Request] = set()
+        self._changes_before = 0
+        """What `_changes` was when the chain was opened."""
+        self._flush_lost = False
+        """A flush of a former chain failed, and the guest does not know."""
 
     # Life
 
@@ -98,6 +116,15 @@ class Vbd:
         head = chain.head
         self._queue = [getattr(head, verb) for verb in VERBS[:-1]]
         self._submit = head.submit
+        if self._flush_lost:
+            self._queue[FLUSH] = self._tell_flush_lost
+        self._changes_before = self._changes
+
+    @property
+    def _changes(self) -> int:
+        """Writes, discards and zeroings so far."""
+        requests = self.statistics.requests
+        return requests[WRITE] + requests[DISCARD] + requests[ZEROES]
 
     @property
     def read_only(self) -> bool:
@@ -134,7 +161,7 @@ class Vbd:
             raise ControlError(f"disk {self.name!r} has no open chain", errno=errno.ENODEV,
                                hint="resume it with a chain that can be opened")
         self.state = RUNNING
-        self._run_idle_waiters()
+        _run(self._idle_waiters)
         self._retry_now()
         held, self._held = self._held, []
         self._deliver(self.submit(held))
@@ -147,14 +174,42 @@ class Vbd:
         """Of a paused disk: close its chain and open `chain_text` instead, then `done(None)`; the disk stays
         paused. If the new one does not open, or has another size, the old one is opened again and `done(error)`.
         If that fails too, the disk stays paused without a chain, its requests wait, and it can be given another.
+
+        What was changed through the old chain is made durable first: a flush of the new one, which may be other
+        files, does not reach it. Where that fails, the guest's next flush does.
         """
         if self.state != PAUSED:
             raise ControlError(f"disk {self.name!r} is {self.state}", hint="pause it first")
         self.state = REPLACING
-        self._when_idle(lambda: self.chain.quiesce(lambda: self._replace(chain_text, done)))
+        self._when_idle(lambda: self._flush_chain(
+            lambda: self.chain.quiesce(lambda: self._replace(chain_text, done))))
+
+    def _flush_chain(self, done: Callable[[], None]) -> None:
+        """`done()` when what was changed through the chain is durable, or cannot be made so."""
+        if self._changes == self._changes_before or not self.info.features & Feature.FLUSH:
+            done()
+            return
+        self._changes_before = self._changes
+
+        def flushed(code: int, _: list[Extent]) -> None:
+            if code:
+                self._flush_lost = True
+                logger.error("%s: what was written through %s could not be flushed: %s", self.name,
+                             self.chain.text, os.strerror(code))
+            done()
+
+        self._ask(Request(FLUSH, flags=BACKGROUND), flushed)
+
+    def _tell_flush_lost(self, request: Request) -> bool:
+        """Fail one flush for good, for the one of a former chain that failed; the next ones go down again."""
+        self._flush_lost = False
+        self._queue[FLUSH] = self.chain.head.queue_flush
+        request.tries = self.max_retries
+        return fail(request, errno.EIO)
 
     def _replace(self, chain_text: str, done: Callable[[WritelogError | None], None]) -> None:
         old_text, old_size_bytes = self.chain.text, self.info.size_bytes
+        failure: WritelogError | None = None
         try:
             self.chain.close()
             chain = open_chain(self.env, chain_text, self._flags)
@@ -163,17 +218,14 @@ class Vbd:
                 raise ControlError(f"{chain_text!r} has {chain.info.size_bytes} bytes, the disk {old_size_bytes}",
                                    errno=errno.EINVAL, hint="the guest sees one size as long as it is connected")
             self._use(chain)
-            self.state = PAUSED
         except Exception as error:
             failure = error if isinstance(error, WritelogError) else ControlError(str(error))
             try:
                 self._use(open_chain(self.env, old_text, self._flags))
-            except WritelogError as second:
+            except Exception as second:
                 logger.error("%s: the former chain does not open again: %s", self.name, second)
-            self.state = PAUSED
-            done(failure)
-            return
-        done(None)
+        self.state = PAUSED
+        done(failure)
 
     def close(self, done: Callable[[], None]) -> None:
         """Drain, then close the chain, then `done()`. A paused disk's held requests fail with ESHUTDOWN."""
@@ -193,7 +245,7 @@ class Vbd:
         for timer in (self._watchdog, self._retry_timer):
             if timer is not None:
                 timer.cancel()
-        self._fail_all(errno.ESHUTDOWN)
+        self._fail_waiting()
         try:
             self.chain.close()
         finally:
@@ -204,11 +256,6 @@ class Vbd:
         if self._flying:
             self._idle_waiters.append(action)
         else:
-            action()
-
-    def _run_idle_waiters(self) -> None:
-        waiters, self._idle_waiters = self._idle_waiters, []
-        for action in waiters:
             action()
 
     # Requests
@@ -259,15 +306,36 @@ class Vbd:
         """A driver's late completion."""
         del self._flying[request]
         finished = self._failed(request) if request.error else request.parts or [request]
+        if finished or request.parts:
+            self._ended(request)
         for part in finished:
             if not part.error:
                 self._count((part,), time.monotonic_ns() - request.started_ns)
             part.owner.request_done(part)
-        if request in self._reported:
-            self._reported.discard(request)
-            logger.warning("%s: %r ended after all", self.name, request)
+        if self._strays:
+            self._strays.discard(request)
+            if not self._strays:
+                _run(self._stray_waiters)
         if not self._flying and self._idle_waiters:
-            self._run_idle_waiters()
+            _run(self._idle_waiters)
+
+    def abandon(self, owner: object) -> None:
+        """`owner` wants no answers any more: its requests that wait end with ESHUTDOWN now, and those in flight
+        are not tried again. A client that connects anew sends its writes again, and newer ones; an old one that
+        came after these would undo them."""
+        for request in self._flying:
+            for part in request.parts or (request,):
+                if part.owner is owner:
+                    part.flags |= ABANDONED
+                    self._strays.add(request)
+        self._fail_waiting(owner)
+
+    def after_strays(self, action: Callable[[], None]) -> None:
+        """`action()` once nothing that was abandoned is in flight."""
+        if self._strays:
+            self._stray_waiters.append(action)
+        else:
+            action()
 
     def _merge(self, batch: Sequence[Request], first: int) -> tuple[Request, int]:
         """The neighbours that begin at index `first` as one request (itself, if it stays alone), and the index
@@ -301,7 +369,10 @@ class Vbd:
             final: list[Request] = []
             for part in request.parts:
                 part.started_ns = request.started_ns
-                if self.state != RUNNING:
+                if part.flags & ABANDONED:
+                    part.error = errno.ESHUTDOWN
+                    final.append(part)
+                elif self.state != RUNNING:
                     self._held.append(part)
                 elif not self._queue[part.op](part):
                     self._flying[part] = None
@@ -313,7 +384,9 @@ class Vbd:
             if self.state == RUNNING:
                 self._submit()
             return final
-        if request.error in PERMANENT or request.tries >= self.max_retries or request.flags & BACKGROUND:
+        if (request.error in PERMANENT or request.tries >= self.max_retries
+                or request.flags & (BACKGROUND | ABANDONED)):
+            request.tries = 0
             self.statistics.errors[request.op] += 1
             return [request]
         logger.log(logging.WARNING if request.tries == 0 else logging.DEBUG,
@@ -344,14 +417,22 @@ class Vbd:
     def _deliver(self, finished: Sequence[Request]) -> None:
         """Give requests that were once late to their owners."""
         for request in finished:
+            self._ended(request)
             request.owner.request_done(request)
 
-    def _fail_all(self, code: int) -> None:
-        waiting = self._retrying + self._held
-        self._retrying, self._held = [], []
-        for request in waiting:
-            request.error = code
-        self._deliver(waiting)
+    def _ended(self, request: Request) -> None:
+        if request in self._reported:
+            self._reported.discard(request)
+            logger.warning("%s: %r ended after all", self.name, request)
+
+    def _fail_waiting(self, owner: object = None) -> None:
+        """End what is not in flight, of one owner or of all."""
+        for queue in (self._retrying, self._held):
+            ended = [request for request in queue if owner in (None, request.owner)]
+            queue[:] = [request for request in queue if owner not in (None, request.owner)]
+            for request in ended:
+                request.error = errno.ESHUTDOWN
+            self._deliver(ended)
 
     # Looking
 
@@ -360,9 +441,13 @@ class Vbd:
         if self.state in (REPLACING, CLOSING, CLOSED) or not self.chain.drivers:
             done(errno.ESHUTDOWN, [])
             return
-        request = Request(STATUS, offset, length, flags=BACKGROUND, done=self.request_done)
-        request.owner = _StatusCaller(done)
-        if self._queue[STATUS](request):
+        self._ask(Request(STATUS, offset, length, flags=BACKGROUND), done)
+
+    def _ask(self, request: Request, done: Callable[[int, list[Extent]], None]) -> None:
+        """Send a request of the vbd's own down the chain, whatever the state: `done(errno, extents)`."""
+        request.done = self.request_done
+        request.owner = _Caller(done)
+        if self._queue[request.op](request):
             done(request.error, request.extents)
         else:
             request.started_ns = time.monotonic_ns()
@@ -397,8 +482,16 @@ class Vbd:
                 logger.warning("%s: %r has made no progress for %g s", self.name, request, self.stall_report_s)
 
 
-class _StatusCaller:
-    """The owner of a STATUS request that `status_map` made."""
+def _run(waiters: list[Callable[[], None]]) -> None:
+    """Call all that wait, once."""
+    ready = waiters.copy()
+    waiters.clear()
+    for action in ready:
+        action()
+
+
+class _Caller:
+    """The owner of a request of the vbd's own."""
 
     def __init__(self, done: Callable[[int, list[Extent]], None]) -> None:
         self._done = done

@@ -6,12 +6,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 from processes import Tapdisk, forget_logs
 from support import Manual
 
 from tapcore.driver import Env
 from tapcore.loop import Loop
 from tapcore.workers import Workers
+
+
+# A busy machine is no failure: no test is held to a time.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 
 @pytest.fixture

@@ -88,8 +88,8 @@ class LogContext:
     """Ring reads in flight, of all connections."""
     quiescing: bool = False
     """No more reads are started."""
-    reads_ended: Callable[[], None] | None = None
-    """Called when `reads` becomes 0."""
+    reads_ended: list[Callable[[], None]] = field(default_factory=list)
+    """Called once, when `reads` becomes 0."""
     regions_made: int = 0
 
     def new_region(self) -> Region:
@@ -121,7 +121,8 @@ class Connection:
         self._job: Job | None = None
         self._work_is_due = False
         self._unsent = bytearray()
-        self._kick_unsent = False
+        self._kick_unsent_bytes = 0
+        """From the front of `_unsent` to the end of the kick in it; 0 if there is none."""
         self._push_is_due = False
         self._leases: dict[int, Lease] = {}
         self._region: Region | None = None
@@ -205,14 +206,14 @@ class Connection:
         if self._closed or not self._unsent:
             return
         try:
-            del self._unsent[: self._sock.send(self._unsent)]
+            sent_bytes = self._sock.send(self._unsent)
         except BlockingIOError:
             return
         except OSError as error:
             self._drop(error)
             return
-        if not self._unsent:
-            self._kick_unsent = False
+        del self._unsent[:sent_bytes]
+        self._kick_unsent_bytes = max(0, self._kick_unsent_bytes - sent_bytes)
 
     # Messages
 
@@ -423,8 +424,10 @@ class Connection:
                 logger.warning("log %s: read of %d bytes at %d failed: errno %d", context.name, request.length,
                                request.offset, request.error)
             self._respond((sector, 0 if request.error else count, offset))
-        if context.reads == 0 and context.reads_ended is not None:
-            context.reads_ended()
+        if context.reads == 0:
+            waiting, context.reads_ended = context.reads_ended, []
+            for call in waiting:
+                call()
 
     def _respond(self, extent: Extent) -> None:
         assert self._ring is not None
@@ -439,9 +442,9 @@ class Connection:
         if self._closed or self._ring is None:
             return
         self._ring.push()
-        if not self._kick_unsent:
-            self._kick_unsent = True
+        if not self._kick_unsent_bytes:
             self._unsent += KICK_MESSAGE
+            self._kick_unsent_bytes = len(self._unsent)
         self._send()
         self._watch()
 

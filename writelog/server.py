@@ -68,7 +68,7 @@ class LogServer:
         if self._context.reads == 0:
             done()
         else:
-            self._context.reads_ended = done
+            self._context.reads_ended.append(done)
 
     def close(self) -> None:
         """End every connection and remove the socket.

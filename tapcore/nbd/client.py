@@ -22,7 +22,8 @@ from typing import TypeAlias
 from tapcore.errors import UsageError
 from tapcore.nbd import wire
 from tapcore.nbd.address import NbdAddress, parse_address
-from tapcore.nbd.client_codec import ClientNegotiation, NbdError, ReplyDecoder, ServerOffer, Transaction
+from tapcore.nbd.client_codec import ClientNegotiation, NbdError, ServerOffer
+from tapcore.nbd.reply_decoder import ReplyDecoder, Transaction
 from tapcore.request import Extent
 
 __all__ = ["NbdClient", "NbdError"]

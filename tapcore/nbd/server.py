@@ -9,13 +9,14 @@ import socket
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from time import monotonic
 
 from tapcore import unixsocket
 from tapcore.driver import Env, Feature
 from tapcore.errors import ControlError, ProtocolError, UsageError
 from tapcore.nbd import wire
 from tapcore.nbd.address import parse_address
-from tapcore.nbd.negotiate import ExportInfo, ServerNegotiation, resolve_name
+from tapcore.nbd.negotiate import ExportInfo, Negotiated, ServerNegotiation, resolve_name
 from tapcore.nbd.session import Session
 from tapcore.request import Extent
 from tapcore.vbd import CLOSED, CLOSING, Vbd
@@ -29,9 +30,12 @@ MAX_UNSENT_BYTES = 1 << 20
 """Replies that wait for a slow client; beyond, its next requests wait in the socket."""
 SOCKET_BUFFER_BYTES = 4 << 20
 TURN_RECEIVES = 16
-"""Receives from one client before the others have their turn."""
+TURN_S = 0.005
+"""Receives from one client, and time for its requests, before the others have their turn."""
 MORE_BYTES = 128 << 10
 """After a receive of so many bytes more is on its way: ask again before going back to the loop."""
+RETRY_ACCEPT_S = 1.0
+"""Pause when the process has no descriptor left for another client."""
 
 
 class NbdServer:
@@ -104,22 +108,38 @@ class NbdServer:
     def _accept(self, listener: socket.socket) -> None:
         try:
             client, _ = listener.accept()
-            if listener.family == socket.AF_UNIX:
-                allowed, who = unixsocket.peer_allowed(client)
-                if not allowed:
-                    logger.warning("an NBD client was refused: %s", who)
-                    client.close()
-                    return
         except (BlockingIOError, ConnectionAbortedError):
             return
         except OSError as error:
+            # The client still waits to be accepted: without a pause the loop would do nothing but try.
             logger.error("cannot accept an NBD client: %s", error)
+            self.env.loop.remove(listener.fileno())
+            self.env.loop.call_later(RETRY_ACCEPT_S, lambda: self._accept_again(listener))
             return
+        try:
+            self._admit(listener, client)
+        except OSError as error:
+            logger.warning("an NBD client was dropped: %s", error)
+            client.close()
+
+    def _accept_again(self, listener: socket.socket) -> None:
+        if listener.fileno() >= 0:
+            self.env.loop.add_reader(listener.fileno(), lambda: self._accept(listener))
+
+    def _admit(self, listener: socket.socket, client: socket.socket) -> None:
+        if listener.family == socket.AF_UNIX:
+            allowed, who = unixsocket.peer_allowed(client)
+            if not allowed:
+                logger.warning("an NBD client was refused: %s", who)
+                client.close()
+                return
         if len(self._connections) >= self._max_connections:
             logger.warning("an NBD client was refused: %d are connected", len(self._connections))
             client.close()
             return
-        self._connections.add(Connection(self, client))
+        connection = Connection(self, client)
+        self._connections.add(connection)
+        connection.begin()
 
     # What ServerNegotiation asks
 
@@ -175,27 +195,33 @@ class Connection:
         self._writing = False
         self._woken = False
         self._closed = False
+        self._turn_end_s = 0.0
         client.setblocking(False)
         for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
             client.setsockopt(socket.SOL_SOCKET, option, SOCKET_BUFFER_BYTES)
         if client.family != socket.AF_UNIX:
             client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._timer = self._loop.call_later(NEGOTIATION_TIMEOUT_S, self._too_slow)
+
+    def begin(self) -> None:
+        """Greet the client."""
         self._output += self._negotiation.greeting()
         self._want_read(True)
-        self._send_negotiation()
+        self._on_writable()
 
     def close(self) -> None:
-        """Drop the client. Requests in flight complete, their replies are dropped."""
+        """Drop the client. Its requests in flight complete without a reply, those that wait are given up."""
         if self._closed:
             return
         self._closed = True
         self._timer.cancel()
-        if self._session is not None:
-            self._session.dead = True
         self._loop.remove(self._fd)
         self._socket.close()
         self._server.forget(self)
+        if self._session is not None:
+            assert self.vbd is not None
+            self._session.dead = True
+            self.vbd.abandon(self._session)
 
     def _fail(self, why: str) -> None:
         logger.warning("an NBD client was dropped: %s", why)
@@ -224,24 +250,30 @@ class Connection:
         except ProtocolError as error:
             self._fail(str(error))
         except OSError as error:
-            if error.errno not in (errno.ECONNRESET, errno.EPIPE):
-                logger.warning("an NBD client was dropped: %s", error)
-            self.close()
+            self._lost(error)
         except Exception:
             self.close()
             raise
 
     def _on_writable(self) -> None:
+        self._turn_end_s = monotonic() + TURN_S
         try:
             if self._session is None:
                 self._send_negotiation()
             else:
                 self._advance(self._session)
-        except (ProtocolError, OSError) as error:
+        except ProtocolError as error:
             self._fail(str(error))
+        except OSError as error:
+            self._lost(error)
         except Exception:
             self.close()
             raise
+
+    def _lost(self, error: OSError) -> None:
+        if error.errno not in (errno.ECONNRESET, errno.EPIPE):
+            logger.warning("an NBD client was dropped: %s", error)
+        self.close()
 
     # Negotiation
 
@@ -268,7 +300,7 @@ class Connection:
             return
         self._want_write(False)
         if self._negotiation.result is not None:
-            self._begin_session()
+            self._end_negotiation(self._negotiation.result)
         elif self._negotiation.finished:
             if self._negotiation.error:
                 self._fail(self._negotiation.error)
@@ -277,10 +309,18 @@ class Connection:
         else:
             self._want_read(True)
 
-    def _begin_session(self) -> None:
-        result = self._negotiation.result
-        assert result is not None
+    def _end_negotiation(self, result: Negotiated) -> None:
+        # The client may have been here before: what is in flight from then must not come after what it says now.
         vbd = self._server.exports.get(result.export.name)
+        if vbd is None:
+            self._begin_session(result, None)
+        else:
+            self._want_read(False)
+            vbd.after_strays(lambda: self._begin_session(result, vbd))
+
+    def _begin_session(self, result: Negotiated, vbd: Vbd | None) -> None:
+        if self._closed:
+            return
         if vbd is None or vbd.state in (CLOSING, CLOSED):
             self._fail(f"export {result.export.name!r} was closed meanwhile")
             return
@@ -299,7 +339,7 @@ class Connection:
         )
         session.feed(self._negotiation.leftover())
         self._want_read(True)
-        self._advance(session)
+        self._wake()
 
     def _dirty_extents(self, log_name: str, offset: int, length: int) -> list[Extent]:
         assert self.vbd is not None
@@ -311,6 +351,7 @@ class Connection:
 
     def _receive(self, session: Session) -> None:
         receive = self._socket.recv_into
+        self._turn_end_s = monotonic() + TURN_S
         for _ in range(TURN_RECEIVES):
             view = session.recv_buffer()
             try:
@@ -322,28 +363,26 @@ class Connection:
                 return
             session.received(count_bytes)
             self._advance(session)
-            if not self._reading or count_bytes < min(len(view), MORE_BYTES):
+            if self._closed or not self._reading or count_bytes < min(len(view), MORE_BYTES):
                 return
 
     def _advance(self, session: Session) -> None:
-        """Step and send until the received bytes are used up or the client has to wait."""
-        more = True
+        """Step and send until the received bytes are used up, or the client has to wait or has had its turn."""
+        more = in_turn = True
         while True:
             self._flush(session)
-            if self._closed or not more or session.replies.unsent_bytes > MAX_UNSENT_BYTES:
+            if not more or not in_turn or session.replies.unsent_bytes > MAX_UNSENT_BYTES:
                 break
             more = session.step()
-            if not more:
-                self._flush(session)
-                break
-        if self._closed:
-            return
+            in_turn = not more or monotonic() < self._turn_end_s
+        if not in_turn:
+            self._wake()
         if session.closing and not session.late and not session.replies.unsent_bytes:
             self.close()
             return
         self._want_write(session.replies.unsent_bytes > 0)
-        self._want_read(not (session.closing or session.blocked
-                             or session.replies.unsent_bytes > MAX_UNSENT_BYTES))
+        self._want_read(in_turn and not (session.closing or session.blocked
+                                         or session.replies.unsent_bytes > MAX_UNSENT_BYTES))
 
     def _flush(self, session: Session) -> None:
         """Send what can be sent now."""
@@ -357,7 +396,7 @@ class Connection:
             replies.sent(count_bytes)
 
     def _wake(self) -> None:
-        """A late reply is ready: send it, with the others of this turn, when the turn ends."""
+        """There is more to do, as a late reply to send, with the others of this turn: when the turn ends."""
         if not self._woken:
             self._woken = True
             self._loop.call_soon(self._late_replies)

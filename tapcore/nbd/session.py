@@ -54,14 +54,14 @@ _MAX_PAYLOAD_BYTES = wire.DEFAULT_MAX_PAYLOAD_BYTES
 
 _PLAIN = {
     wire.NBD_CMD_FLUSH: (FLUSH, 0),
-    wire.NBD_CMD_TRIM: (DISCARD, wire.NBD_CMD_FLAG_FUA),
-    wire.NBD_CMD_WRITE_ZEROES: (
-        ZEROES, wire.NBD_CMD_FLAG_FUA | wire.NBD_CMD_FLAG_NO_HOLE | wire.NBD_CMD_FLAG_FAST_ZERO),
+    wire.NBD_CMD_TRIM: (DISCARD, 0),
+    wire.NBD_CMD_WRITE_ZEROES: (ZEROES, wire.NBD_CMD_FLAG_NO_HOLE | wire.NBD_CMD_FLAG_FAST_ZERO),
     wire.NBD_CMD_BLOCK_STATUS: (STATUS, wire.NBD_CMD_FLAG_REQ_ONE),
     wire.NBD_CMD_CACHE: (READ, 0),
     wire.NBD_CMD_READ: (READ, wire.NBD_CMD_FLAG_DF),
 }
-"""Commands off the fast path: the request's op, and the flags that a client may set."""
+"""Commands off the fast path: the request's op, and the flags that a client may set. FUA goes with every command,
+and is ignored where nothing is changed, as the protocol asks."""
 
 _FLAGS = ((wire.NBD_CMD_FLAG_FUA, FUA), (wire.NBD_CMD_FLAG_NO_HOLE, NO_HOLE), (wire.NBD_CMD_FLAG_FAST_ZERO, FAST))
 
@@ -138,6 +138,7 @@ class Session:
             self._slab.view[: end - start] = slab.view[start:end]
         elif self._after_large and not slab.users:
             # The next request is probably as large: take its header alone, so that its payload is not copied.
+            self._after_large = False
             self._start = self._end = 0
             return slab.view[:_HEADER_BYTES]
         self._start, self._end = 0, end - start
@@ -312,9 +313,10 @@ class Session:
         request.cookie = cookie
         request.at = flags
         request.place = None
-        for wire_flag, flag in _FLAGS:
-            if flags & wire_flag:
-                request.flags |= flag
+        if request.op in (DISCARD, ZEROES):
+            for wire_flag, flag in _FLAGS:
+                if flags & wire_flag:
+                    request.flags |= flag
         if request.op == READ:
             if kind == wire.NBD_CMD_CACHE:
                 request.length = min(length, _MAX_PAYLOAD_BYTES)
@@ -327,12 +329,12 @@ class Session:
     def _check(self, flags: int, kind: int, offset: int, length: int) -> int:
         """The errno of a request that the protocol or the export does not allow, or 0."""
         if kind == wire.NBD_CMD_WRITE:
-            allowed = wire.NBD_CMD_FLAG_FUA
+            allowed = 0
         elif kind in _PLAIN:
             allowed = _PLAIN[kind][1]
         else:
             return errno.EINVAL
-        if flags & ~allowed:
+        if flags & ~(allowed | wire.NBD_CMD_FLAG_FUA):
             return errno.EINVAL
         if kind == wire.NBD_CMD_FLUSH:
             return 0
@@ -388,6 +390,7 @@ class Session:
         self.replies.add(plain)
         for request in finished:
             request.iov = ()
+            request.place = None
         self._free.extend(finished)
 
     def _finish_other(self, request: Request) -> bool:

@@ -7,14 +7,9 @@ from hypothesis import strategies as st
 
 from tapcore.errors import ProtocolError
 from tapcore.nbd import wire
-from tapcore.nbd.client_codec import (
-    MAX_OPTION_REPLY_BYTES,
-    MAX_STATUS_BYTES,
-    ClientNegotiation,
-    NbdError,
-    ReplyDecoder,
-)
+from tapcore.nbd.client_codec import MAX_OPTION_REPLY_BYTES, ClientNegotiation, NbdError
 from tapcore.nbd.negotiate import MAX_OPTION_BYTES, ExportInfo, ServerNegotiation
+from tapcore.nbd.reply_decoder import MAX_STATUS_BYTES, ReplyDecoder
 
 DISK = ExportInfo("disk", 1 << 20, wire.NBD_FLAG_HAS_FLAGS, contexts=("base:allocation", "qemu:dirty-bitmap:b"))
 

@@ -6,6 +6,7 @@ import errno
 import mmap
 import os
 import random
+from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -131,6 +132,25 @@ def test_one_that_is_not_aligned_waits_and_is_waited_for() -> None:
     assert gate.leave(unaligned) == [later]
     assert gate.leave(later) == []
     assert gate.enter(change(WRITE, 512, 512))
+
+
+def test_the_gate_looks_only_at_those_that_an_end_concerns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A guest may have a thousand partial blocks in flight."""
+    gate, pairs = WriteGate(512), 300
+    running = [change(WRITE, number * PAGE + 1, 10) for number in range(pairs)]
+    waiting = [change(WRITE, number * PAGE + 20, 10) for number in range(pairs)]
+    assert all(gate.enter(request) for request in running) and not any(gate.enter(request) for request in waiting)
+    looks = 0
+    original = gate._must_wait
+
+    def counted(request: Request, unaligned: bool, before: deque[Request]) -> bool:
+        nonlocal looks
+        looks += 1
+        return original(request, unaligned, before)
+
+    monkeypatch.setattr(gate, "_must_wait", counted)
+    assert [gate.leave(request) for request in running] == [[request] for request in waiting]
+    assert looks == pairs
 
 
 changes = st.builds(change, st.sampled_from((WRITE, DISCARD, ZEROES)), st.integers(0, 40).map(lambda n: n * 256),

@@ -190,6 +190,85 @@ def test_a_disk_that_lost_its_chain_waits_for_another(vbd: Vbd, monkeypatch: pyt
     assert [request.error for request in owner.late] == [0] and leaf().data[:512] == b"n" * 512
 
 
+def test_what_was_written_is_durable_before_its_chain_goes(vbd: Vbd) -> None:
+    """The flush of another chain covers other files: it would be a lie about writes of the former one."""
+    owner, old = Owner(vbd), leaf()
+    answers: list[WritelogError | None] = []
+    vbd.submit([owner.make(WRITE, 0, b"w" * 512)])
+    old.finish()
+    vbd.pause(lambda: None)
+    vbd.replace_chain(f"manual:{SIZE}", answers.append)
+    assert [op for op, *_ in old.log] == [WRITE, FLUSH] and not old.closed and answers == []
+    old.finish()
+    assert old.closed and answers == [None] and vbd.state == PAUSED
+    assert replace(vbd, f"manual:{SIZE}") is None
+
+
+def test_a_flush_that_failed_when_its_chain_went_fails_the_next_one(vbd: Vbd) -> None:
+    owner, old = Owner(vbd), leaf()
+    old.early = True
+    vbd.submit([owner.make(WRITE, 0, b"w" * 512)])
+    vbd.pause(lambda: None)
+    old.errors = [errno.EIO]
+    assert replace(vbd, f"manual:{SIZE}") is None
+    assert replace(vbd, f"manual:{SIZE}") is None
+    vbd.resume()
+    leaf().early = True
+    first, second = owner.make(FLUSH), owner.make(FLUSH)
+    assert vbd.submit([first, second]) == [second, first]
+    assert [first.error, second.error] == [errno.EIO, 0] and first.tries == 0
+
+
+def test_a_chain_that_cannot_be_opened_at_all_leaves_a_disk_that_takes_another(
+    vbd: Vbd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("a bug")
+
+    vbd.pause(lambda: None)
+    with monkeypatch.context() as patch:
+        patch.setattr("tapcore.vbd.open_chain", broken)
+        assert replace(vbd, f"manual:{SIZE}") is not None
+    assert vbd.state == PAUSED
+    assert replace(vbd, f"manual:{SIZE}") is None
+
+
+def test_writes_of_an_owner_that_is_gone_do_not_come_after_newer_ones(env: Env, vbd: Vbd) -> None:
+    """A client whose connection broke sends its write again over a new one, then overwrites it."""
+    gone, back, disk = Owner(vbd), Owner(vbd), leaf()
+    disk.early = True
+    disk.errors = [errno.EIO]
+    stale = gone.make(WRITE, 0, b"1" * 512)
+    assert vbd.submit([stale]) == [] and vbd.waiting == 1
+    vbd.abandon(gone)
+    assert gone.late == [stale] and stale.error == errno.ESHUTDOWN and vbd.waiting == 0
+    newer = back.make(WRITE, 0, b"2" * 512)
+    assert vbd.submit([newer]) == [newer]
+    timed = Flag()
+    env.loop.call_later(0.05, timed)
+    turn_until(env, lambda: timed.count > 0)
+    assert disk.data[:512] == b"2" * 512 and len(disk.log) == 2
+
+
+def test_abandoned_requests_end_once_wherever_they_are(vbd: Vbd) -> None:
+    gone, other, disk = Owner(vbd), Owner(vbd), leaf()
+    merged = [gone.make(WRITE, 0, b"a" * 512), gone.make(WRITE, 512, b"b" * 512)]
+    single = gone.make(WRITE, 4096, b"c" * 512)
+    vbd.submit([*merged, single])
+    vbd.pause(lambda: None)
+    held, kept = gone.make(READ, 0, 512), other.make(READ, 0, 512)
+    vbd.submit([held, kept])
+    vbd.abandon(gone)
+    assert gone.late == [held]
+    disk.errors = [errno.EIO, errno.EIO]
+    disk.finish()
+    assert vbd.state == PAUSED and vbd.waiting == 1
+    assert set(gone.late) == {*merged, single, held} and all(request.error for request in gone.late)
+    vbd.resume()
+    disk.finish()
+    assert other.late == [kept] and len(disk.log) == 3
+
+
 def test_only_a_paused_disk_takes_another_chain(vbd: Vbd) -> None:
     with pytest.raises(ControlError, match="pause it first"):
         vbd.replace_chain("manual:512", lambda error: None)
@@ -294,6 +373,21 @@ def test_the_watchdog_reports_a_request_that_hangs_once(
     reports = [record.message for record in caplog.records]
     assert any("write 512 bytes at 4096" in text and "no progress" in text for text in reports)
     assert any("ended after all" in text for text in reports)
+
+
+def test_the_watchdog_reports_again_when_the_request_is_used_again(env: Env, vbd: Vbd) -> None:
+    """A request that hung between its tries and then ended is a new one when its owner submits it once more."""
+    owner, disk = Owner(vbd), leaf()
+    vbd.retry_interval_s = 0.06
+    disk.early, disk.errors = True, [errno.EIO]
+    request = owner.make(WRITE, 4096, b"s" * 512)
+    vbd.submit([request])
+    turn_until(env, lambda: bool(owner.late))
+    assert vbd.statistics.stalls == 1
+    owner.late.clear()
+    disk.early, request.tries = False, 0
+    vbd.submit([request])
+    turn_until(env, lambda: vbd.statistics.stalls == 2)
 
 
 def test_a_chain_that_does_not_open_leaves_nothing(env: Env) -> None:

@@ -71,6 +71,32 @@ def test_threads_are_started_when_they_are_needed(loop: Loop) -> None:
     assert threading.active_count() == before
 
 
+@pytest.mark.parametrize("threads", [0, 1])
+def test_work_is_not_lost_when_no_thread_can_be_started(
+    loop: Loop, threads: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    start, left = threading.Thread.start, threads
+
+    def refuse(thread: threading.Thread) -> None:
+        nonlocal left
+        if not left:
+            raise RuntimeError("can't start new thread")
+        left -= 1
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    workers = Workers(loop, 4)
+    worked: list[int] = []
+    ended: list[int] = []
+    for number in range(5):
+        workers.submit(lambda number=number: worked.append(number),  # type: ignore[misc]
+                       lambda number=number: ended.append(number))  # type: ignore[misc]
+    assert ended == []
+    loop.run_until(lambda: len(ended) == 5, TIMEOUT_S)
+    workers.close()
+    assert worked == ended == list(range(5)) and caplog.text.count("cannot start a thread") == 1
+
+
 def test_the_ends_of_many_reach_the_loop_together(loop: Loop) -> None:
     workers = Workers(loop, 1)
     turns = 0

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import pytest
 from logrig import TIMEOUT_S, Hollow, RawClient, Rig, rig_of
@@ -496,6 +497,49 @@ def test_responses_of_one_turn_share_a_kick(rig: Rig, raw: RawClient) -> None:
     assert raw.ask(b"peek") == b"done"
 
 
+def test_a_kick_that_was_sent_does_not_stand_for_later_responses(rig: Rig, raw: RawClient) -> None:
+    """With a reply stuck behind it: the client may have looked at the ring before they were there."""
+    rig.leaf.early = False
+    front = start_reads(raw, [(0, 8, 0), (8, 8, BLOCK)])
+    wait_for_reads(rig, 2)
+    assert rig.log._server is not None
+    (connection,) = rig.log._server._context.connections
+    narrow = Narrow(connection._sock)
+    connection._sock = cast(socket.socket, narrow)
+    rig.call(lambda: rig.leaf.finish(1))
+
+    def stuck_behind_the_kick() -> None:
+        connection._unsent += b"done"
+        narrow.room_bytes = len(KICK_MESSAGE) + 2
+        connection._send()
+
+    rig.call(stuck_behind_the_kick)
+    assert raw.receive(len(KICK_MESSAGE) + 2) == KICK_MESSAGE + b"do"
+    assert front.take_responses() == [(0, 8, 0)]
+    rig.call(lambda: rig.leaf.finish(1))
+    narrow.room_bytes = 1 << 20
+    assert raw.receive(2 + len(KICK_MESSAGE)) == b"ne" + KICK_MESSAGE
+    assert front.take_responses() == [(8, 8, BLOCK)]
+
+
+class Narrow:
+    """A socket that takes `room_bytes` more."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.room_bytes = 0
+
+    def send(self, data: bytearray) -> int:
+        if not self.room_bytes:
+            raise BlockingIOError
+        count = self.sock.send(bytes(data[: self.room_bytes]))
+        self.room_bytes -= count
+        return count
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.sock, name)
+
+
 def test_a_client_that_leaves_with_reads_in_flight(rig: Rig) -> None:
     client = rig.raw()
     rig.leaf.early = False
@@ -638,7 +682,9 @@ def test_quiesce_waits_for_the_reads_and_starts_no_more(rig: Rig, raw: RawClient
     front = start_reads(raw, [(0, 8, 0)])
     wait_for_reads(rig, 1)
     done = threading.Event()
+    also_done = threading.Event()
     rig.call(lambda: rig.log.quiesce(done.set))
+    rig.call(lambda: rig.log.quiesce(also_done.set))
     assert not done.is_set()
     front.put_request((8, 8, 0))
     front.push()
@@ -646,7 +692,7 @@ def test_quiesce_waits_for_the_reads_and_starts_no_more(rig: Rig, raw: RawClient
     assert raw.ask(b"peek") == b"done"
     assert len(rig.leaf.pending) == 1
     rig.call(rig.leaf.finish)
-    assert done.wait(TIMEOUT_S)
+    assert done.wait(TIMEOUT_S) and also_done.wait(TIMEOUT_S)
 
 
 def test_quiesce_of_an_idle_log_is_done_at_once(rig: Rig) -> None:

@@ -10,7 +10,8 @@ import pytest
 
 from tapcore.errors import ProtocolError
 from tapcore.nbd import wire
-from tapcore.nbd.client_codec import SCRATCH_BYTES, ClientNegotiation, ReplyDecoder, Transaction
+from tapcore.nbd.client_codec import ClientNegotiation
+from tapcore.nbd.reply_decoder import SCRATCH_BYTES, ReplyDecoder, Transaction
 from tapcore.nbd.status import status_chunk
 
 
@@ -108,6 +109,7 @@ def test_a_payload_larger_than_the_scratch_goes_past_it() -> None:
     assert len(decoder.room()) == len(content) - 1000 + wire.DATA_CHUNK.size
     decoder.feed(data(1, 0, content)[1000:])
     assert decoder.finished[0].data == content
+    assert len(decoder.room()) == wire.DATA_CHUNK.size, "the next payload was not received straight either"
     assert len(decoder.room()) == SCRATCH_BYTES
 
 

@@ -7,8 +7,11 @@ import errno
 import select
 import socket
 import stat
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from time import monotonic
+from typing import cast
 
 import pytest
 from support import LoopThread, Manual
@@ -19,6 +22,7 @@ from tapcore.nbd import server as server_module
 from tapcore.nbd import wire
 from tapcore.nbd.client import NbdClient, NbdError
 from tapcore.nbd.server import NbdServer
+from tapcore.request import Request
 from tapcore.vbd import Vbd
 
 SIZE = 8 << 20
@@ -186,6 +190,116 @@ def test_pause_lets_clients_wait_and_resume_lets_them_go(served: Served) -> None
     served.loop.call(vbd.resume)
     assert client.wait()[:2] == (handle, 0)
     client.close()
+
+
+def test_what_waits_for_a_client_that_is_gone_is_given_up(served: Served) -> None:
+    """Else a client that connects again and again to a paused disk fills the memory, and its old writes undo its
+    newer ones."""
+    vbd = served.exports["one"]
+    served.loop.call(lambda: vbd.pause(lambda: None))
+    client = served.client()
+    client.submit(wire.NBD_CMD_WRITE, 0, 4, b"old!")
+    served.loop.until(lambda: vbd.waiting == 1)
+    client.sock.close()
+    served.loop.until(lambda: served.server.connections == 0)
+    assert vbd.waiting == 0
+    served.loop.call(vbd.resume)
+    assert served.one.log == []
+
+
+def test_a_new_connection_waits_for_the_writes_of_one_that_is_gone(served: Served) -> None:
+    """They are sent again, and newer ones follow: those in flight from before must not come last."""
+    served.one.early = False
+    first = served.client()
+    first.submit(wire.NBD_CMD_WRITE, 0, 4, b"old!")
+    served.loop.until(lambda: len(served.one.pending) == 1)
+    first.sock.close()
+    served.loop.until(lambda: served.server.connections == 0)
+    with served.client() as second, served.client("two") as other:
+        second.submit(wire.NBD_CMD_WRITE, 0, 4, b"new!")
+        assert other.read(0, 4) == bytes(4)
+        assert len(served.one.pending) == 1
+        served.one.early = True
+        served.loop.call(served.one.finish)
+        assert second.wait()[1] == 0
+    assert served.one.data[:4] == b"new!"
+
+
+def test_a_client_with_much_to_do_gives_others_their_turn(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_module, "TURN_S", 0.0)
+    turns = 0
+    original_turn, original_submit = served.loop.loop.turn, served.exports["one"].submit
+    batches: list[int] = []
+
+    def turn(longest_wait_s: float = 3600.0) -> None:
+        nonlocal turns
+        turns += 1
+        original_turn(longest_wait_s)
+
+    def submit(batch: Sequence[Request]) -> list[Request]:
+        batches.append(turns)
+        return original_submit(batch)
+
+    served.loop.loop.turn = turn  # type: ignore[method-assign]
+    served.exports["one"].submit = submit  # type: ignore[method-assign]
+    with served.client() as client:
+        one = wire.REQUEST.pack(magic=wire.NBD_REQUEST_MAGIC, flags=0, type=wire.NBD_CMD_READ, cookie=1, offset=0,
+                                length=128 << 10)
+        client.sock.sendall(one * 20)
+        left_bytes = 20 * (wire.DATA_CHUNK.size + (128 << 10))
+        while left_bytes:
+            left_bytes -= len(client.sock.recv(left_bytes))
+    assert len(batches) >= 6 and max(Counter(batches).values()) <= 2
+
+
+def test_no_descriptor_left_is_no_reason_to_spin(served: Served, monkeypatch: pytest.MonkeyPatch,
+                                                 caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(server_module, "RETRY_ACCEPT_S", 0.05)
+    listener = served.server._listeners[0][0]
+    tries = 0
+    end_s = monotonic() + 0.12
+
+    class Exhausted:
+        """A listener in a process that has used all its descriptors, at first."""
+
+        family = listener.family
+
+        def fileno(self) -> int:
+            return listener.fileno()
+
+        def accept(self) -> tuple[socket.socket, object]:
+            nonlocal tries
+            tries += 1
+            if monotonic() < end_s:
+                raise OSError(errno.EMFILE, "Too many open files")
+            return listener.accept()
+
+    exhausted = cast(socket.socket, Exhausted())
+    served.loop.call(lambda: served.loop.loop.add_reader(
+        listener.fileno(), lambda: served.server._accept(exhausted)))
+    with served.client() as client:
+        assert client.read(0, 1) == b"\0"
+    assert 2 <= tries <= 5 and caplog.text.count("Too many open files") == tries - 1
+
+
+def test_a_goodbye_after_a_large_write_is_no_failure(served: Served, caplog: pytest.LogCaptureFixture) -> None:
+    client = served.client()
+    client.write(0, bytes(1 << 20))
+    client.disconnect()
+    served.loop.until(lambda: served.server.connections == 0)
+    assert "dropped" not in caplog.text
+
+
+def test_a_client_that_is_gone_when_it_is_accepted(served: Served, caplog: pytest.LogCaptureFixture) -> None:
+    for _ in range(20):
+        with socket.socket(socket.AF_UNIX) as brief:
+            brief.connect(str(served.path))
+    with served.client() as client:
+        assert client.read(0, 1) == b"\0"
+    served.loop.until(lambda: served.server.connections == 0)
+    assert "a callback failed" not in caplog.text
 
 
 def test_drop_disconnects_the_clients_of_one_disk(served: Served) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -15,8 +16,9 @@ from tapcore.errors import ProtocolError
 from tapcore.loop import Loop
 from tapcore.nbd import session as session_module
 from tapcore.nbd import wire
+from tapcore.nbd.buffers import Buffer
 from tapcore.nbd.session import Session
-from tapcore.request import FUA, WRITE, ZEROES, Extent
+from tapcore.request import BACKGROUND, FUA, WRITE, ZEROES, Extent
 from tapcore.vbd import Vbd
 from tapcore.workers import Workers
 
@@ -162,6 +164,27 @@ def test_large_writes_are_received_in_pieces(peer: Callable[..., Peer], piece: i
     assert client.disk.data == wanted
 
 
+def test_small_requests_are_received_together_again_after_a_large_write(peer: Callable[..., Peer]) -> None:
+    client = peer()
+    client.give(write(1, 0, bytes(64 << 10)), 4096)
+    assert len(client.session.recv_buffer()) == wire.REQUEST.size
+    client.give(read(2, 0, 512))
+    assert len(client.session.recv_buffer()) > wire.REQUEST.size
+    client.give(write(3, 0, bytes(64 << 10)), 4096)
+    assert len(client.session.recv_buffer()) == wire.REQUEST.size
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_a_large_buffer_is_given_back_when_its_request_has_ended(peer: Callable[..., Peer], early: bool) -> None:
+    client = peer(size=8 << 20)
+    client.disk.early = early
+    client.give(write(1, 0, bytes(8 << 20)))
+    client.give(read(2, 0, 8 << 20))
+    client.disk.finish()
+    assert len(client.replies()) == 2
+    assert [b.size for b in gc.get_objects() if isinstance(b, Buffer) and b.size >= 8 << 20] == []
+
+
 def test_late_requests_keep_their_memory_until_they_end(peer: Callable[..., Peer]) -> None:
     """Payloads must not be overwritten by what is received after them."""
     client = peer()
@@ -292,6 +315,18 @@ def test_flags_reach_the_disk_and_do_not_stick(peer: Callable[..., Peer]) -> Non
     client.give(write(3, 0, bytes(512)) + write(4, 1024, bytes(512)))
     assert [(op, flags) for op, _, _, flags in client.disk.log] == [
         (WRITE, FUA), (ZEROES, 2 | 4), (WRITE, 0), (WRITE, 0)]
+
+
+def test_fua_goes_with_every_command(peer: Callable[..., Peer]) -> None:
+    """The protocol: the server must accept it, even if it has no meaning there."""
+    client = peer()
+    kinds = [wire.NBD_CMD_READ, wire.NBD_CMD_TRIM, wire.NBD_CMD_CACHE, wire.NBD_CMD_WRITE_ZEROES,
+             wire.NBD_CMD_BLOCK_STATUS]
+    for cookie, kind in enumerate(kinds):
+        client.give(ask(kind, cookie, 0, 512, flags=wire.NBD_CMD_FLAG_FUA))
+    client.give(ask(wire.NBD_CMD_FLUSH, 9, flags=wire.NBD_CMD_FLAG_FUA))
+    assert [error for _, error, _ in client.replies()] == [0] * 6
+    assert [flags for op, _, _, flags in client.disk.log] == [0, FUA, BACKGROUND, FUA, 0, 0]
 
 
 def test_cache_reads_and_says_so_without_data(peer: Callable[..., Peer]) -> None:
