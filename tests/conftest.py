@@ -14,7 +14,6 @@ from tapcore.driver import Env
 from tapcore.loop import Loop
 from tapcore.workers import Workers
 
-
 # A busy machine is no failure: no test is held to a time.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
