@@ -14,8 +14,8 @@ outlives this process, however that ends, but not a reboot. Clients (writelog-cl
 Limits: a log belongs to one process at a time, and a NAME to one disk: what the log knows under it is kept when
 the chain below changes, as it does with a snapshot. The disk's size is a multiple of 512 bytes. A log costs 2 bits
 of /dev/shm a block (64 MiB for 1 TiB at 4096) and 8 MiB a client. Opened to be queried only, it does nothing.
-What is written to an image while no log is in its chain, or by another program, is not in the log: after that start
-anew with a full copy (writelog-sync always does), or with `tap-ctl close --forget`.
+What is written to an image while no log is in its chain, or by another program, is not in the log: after that
+start anew with a full copy (writelog-sync always does).
 """
 
 from __future__ import annotations
