@@ -242,38 +242,25 @@ class Connection:
             self._loop.add_writer(self._fd, self._on_writable if want else None)
 
     def _on_readable(self) -> None:
-        try:
-            if self._session is None:
-                self._negotiate()
-            else:
-                self._receive(self._session)
-        except ProtocolError as error:
-            self._fail(str(error))
-        except OSError as error:
-            self._lost(error)
-        except Exception:
-            self.close()
-            raise
+        self._guard(self._receive if self._session else self._negotiate)
 
     def _on_writable(self) -> None:
+        self._guard(self._advance if self._session else self._send_negotiation)
+
+    def _guard(self, action: Callable[[], None]) -> None:
+        """Have a turn; whatever goes wrong in it ends this connection and nothing else."""
         self._turn_end_s = monotonic() + TURN_S
         try:
-            if self._session is None:
-                self._send_negotiation()
-            else:
-                self._advance(self._session)
+            action()
         except ProtocolError as error:
             self._fail(str(error))
         except OSError as error:
-            self._lost(error)
+            if error.errno not in (errno.ECONNRESET, errno.EPIPE):
+                logger.warning("an NBD client was dropped: %s", error)
+            self.close()
         except Exception:
             self.close()
             raise
-
-    def _lost(self, error: OSError) -> None:
-        if error.errno not in (errno.ECONNRESET, errno.EPIPE):
-            logger.warning("an NBD client was dropped: %s", error)
-        self.close()
 
     # Negotiation
 
@@ -349,9 +336,10 @@ class Connection:
 
     # Transmission
 
-    def _receive(self, session: Session) -> None:
+    def _receive(self) -> None:
+        session = self._session
+        assert session is not None
         receive = self._socket.recv_into
-        self._turn_end_s = monotonic() + TURN_S
         for _ in range(TURN_RECEIVES):
             view = session.recv_buffer()
             try:
@@ -362,12 +350,14 @@ class Connection:
                 self.close()
                 return
             session.received(count_bytes)
-            self._advance(session)
+            self._advance()
             if self._closed or not self._reading or count_bytes < min(len(view), MORE_BYTES):
                 return
 
-    def _advance(self, session: Session) -> None:
+    def _advance(self) -> None:
         """Step and send until the received bytes are used up, or the client has to wait or has had its turn."""
+        session = self._session
+        assert session is not None
         more = in_turn = True
         while True:
             self._flush(session)
