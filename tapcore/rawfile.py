@@ -74,6 +74,7 @@ class RawFile:
     """
 
     open_flags: ClassVar[int] = 0
+    size_unit_bytes: ClassVar[int] = SECTOR_BYTES
 
     def __init__(self, path: str, fd: int, size_bytes: int, *, is_device: bool, read_only: bool) -> None:
         """Takes over `fd` if it returns. ImageError if the file cannot be used in this way."""
@@ -101,7 +102,7 @@ class RawFile:
             raise _open_error(error, path, read_only) from error
         try:
             size_bytes = os.lseek(fd, 0, os.SEEK_END)
-            if size_bytes % SECTOR_BYTES:
+            if size_bytes % cls.size_unit_bytes:
                 raise ImageError(f"its size, {size_bytes} bytes, is not a multiple of {SECTOR_BYTES}",
                                  errno=errno.EINVAL, path=path,
                                  hint=f"round it up with: truncate -s %{SECTOR_BYTES} FILE")

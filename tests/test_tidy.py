@@ -23,8 +23,10 @@ MAX_TEST_FILE_LINES = 800
 LAYERS = """
 tapcore tapcore.errors tapcore.layout tapcore.text writelog
 tapcore.request tapcore.loop tapcore.rundir tapcore.params tapcore.workers tapcore.stats tapcore.unixsocket \
+ tapcore.nbd.wire tapcore.nbd.address tapcore.nbd.client_codec tapcore.nbd.reply_decoder \
  writelog.bitmap writelog.control writelog.ring writelog.dirtymap writelog.wire writelog.plan writelog.shm
-tapcore.driver tapcore.rawfile tapcore.imagelock tapcore.directio tapcore.drivers writelog.logstore \
+tapcore.driver tapcore.writewatch tapcore.rawfile tapcore.imagelock tapcore.directio tapcore.formats \
+ tapcore.drivers tapcore.nbd.link tapcore.nbd.remote tapcore.nbd.fit writelog.logstore \
  writelog.logstream writelog.logconn writelog.server writelog.client
 tapcore.chain
 tapcore.vbd
@@ -37,8 +39,11 @@ own layer and those before it."""
 
 PURE = [
     "tapcore.nbd.wire", "tapcore.nbd.negotiate", "tapcore.nbd.status", "tapcore.nbd.session",
-    "tapcore.nbd.replies", "tapcore.nbd.client_codec", "writelog.wire", "writelog.plan", "writelog.ring",
-    "writelog.control", "writelog.dirtymap", "writelog.bitmap",
+    "tapcore.nbd.replies", "tapcore.nbd.client_codec", "tapcore.nbd.reply_decoder", "tapcore.nbd.fit",
+    "writelog.wire", "writelog.plan", "writelog.ring",
+    "writelog.control", "writelog.dirtymap", "writelog.bitmap", "tapcore.formats.extents",
+    "tapcore.formats.qcow2.layout", "tapcore.formats.qcow2.mapping", "tapcore.formats.qcow2.packed",
+    "tapcore.formats.qcow2.refcounts",
 ]
 """Codecs and algorithms: bytes or state in, bytes or decisions out."""
 IMPURE_IMPORTS = {"socket", "zmq", "posix_ipc", "select", "threading", "subprocess", "time"}

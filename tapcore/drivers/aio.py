@@ -29,30 +29,14 @@ from __future__ import annotations
 
 import errno
 import os
-import resource
 from functools import partial
-from time import monotonic
-from typing import Final
 
 from tapcore.directio import DirectFile, WriteGate
 from tapcore.driver import Driver
 from tapcore.params import path_params
 from tapcore.rawfile import RawFile
 from tapcore.request import DISCARD, WRITE, ZEROES, Request
-
-STALL_S: Final = 0.005
-"""A batch whose writes took this much longer than copying is slow."""
-SUSPICION_S: Final = 1.0
-"""For so long after a slow batch it is watched whether the next slow one waited (for write-back), or this thread
-was just not given a processor."""
-COPY_BYTES_PER_S: Final = 500e6
-"""Into the page cache, slowest."""
-MIN_DETOUR_S: Final = 1.0
-MAX_DETOUR_S: Final = 8.0
-"""How long writes go to workers after a wait; twice as long if they wait again soon after the last detour."""
-
-# Where a write goes. The clock is read at a batch's first write and at its end, not at every request.
-_FIRST, _INLINE, _DETOUR, _WORKERS_ONLY = range(4)
+from tapcore.writewatch import WriteWatch
 
 _preadv, _pwritev = os.preadv, os.pwritev
 
@@ -70,14 +54,8 @@ class Aio(Driver):
         read_flags = self._file.quick_read_flags()
         self._reads_inline = read_flags is not None
         self._read_flags = read_flags or 0
-        self._writes = _WORKERS_ONLY if direct or self._file.read_only else _FIRST
-        self._batch_began_s = 0.0
-        self._batch_bytes = 0
-        self._batch_waits: int | None = None
-        """This thread's waits before the batch, while there is suspicion."""
-        self._suspicion_end_s = 0.0
-        self._detour_s = MIN_DETOUR_S
-        self._detour_end_s = 0.0
+        self._watch = WriteWatch()
+        self._writes_inline = not direct and not self._file.read_only
         self._gate = WriteGate(self._file.min_block_bytes) if direct else None
         self._late: list[tuple[Request, int]] = []
         """Queued for workers, with the number of bytes that are done already."""
@@ -103,27 +81,19 @@ class Aio(Driver):
         return False
 
     def queue_write(self, request: Request) -> bool:
-        if request.flags or self._writes != _INLINE:
-            return self._queue_write(request)
+        watch = self._watch
+        if request.flags or not (watch.inline or (self._writes_inline and watch.begin())):
+            self._late.append((request, 0))
+            return False
         try:
             count = _pwritev(self._fd, request.iov, request.offset)
         except OSError:
             count = 0
+        watch.batch_bytes += count
         if count == request.length:
-            self._batch_bytes += count
             return True
         self._late.append((request, count))
         return False
-
-    def _queue_write(self, request: Request) -> bool:
-        """A write that is not to be done inline, or the batch's first, which starts the clock."""
-        if request.flags or self._writes != _FIRST:
-            return self._queue_late(request)
-        self._batch_began_s = now_s = monotonic()
-        self._batch_bytes = 0
-        self._batch_waits = _waits() if now_s < self._suspicion_end_s else None
-        self._writes = _INLINE
-        return self.queue_write(request)
 
     def queue_flush(self, request: Request) -> bool:
         self._flushes.append(request)
@@ -136,8 +106,8 @@ class Aio(Driver):
     queue_discard = queue_zeroes = queue_status = _queue_late
 
     def submit(self) -> None:
-        if self._writes != _FIRST:
-            self._watch_writes()
+        if self._writes_inline:
+            self._watch.end_batch()
         if self._late:
             late, self._late = self._late, []
             gate = self._gate
@@ -146,28 +116,6 @@ class Aio(Driver):
                     self._start(request, start)
         if self._flushes and not self._syncing:
             self._start_sync()
-
-    def _watch_writes(self) -> None:
-        """At the end of a batch: did its writes wait for write-back? Then later ones take the detour through
-        workers, for a while."""
-        if self._writes == _WORKERS_ONLY:
-            return
-        now_s = monotonic()
-        if self._writes == _DETOUR:
-            if now_s >= self._detour_end_s:
-                self._writes = _FIRST
-                self._suspicion_end_s = now_s + SUSPICION_S
-            return
-        self._writes = _FIRST
-        if now_s - self._batch_began_s <= STALL_S + self._batch_bytes / COPY_BYTES_PER_S:
-            return
-        if self._batch_waits is None or _waits() == self._batch_waits:
-            self._suspicion_end_s = now_s + SUSPICION_S
-            return
-        self._writes = _DETOUR
-        just_tried = now_s - self._detour_end_s < SUSPICION_S
-        self._detour_s = min(2 * self._detour_s, MAX_DETOUR_S) if just_tried else MIN_DETOUR_S
-        self._detour_end_s = now_s + self._detour_s
 
     # Workers, and back
 
@@ -200,8 +148,3 @@ class Aio(Driver):
         for request in finished:
             request.error = code
             request.done(request)
-
-
-def _waits() -> int:
-    """How often this thread has waited so far, for whatever."""
-    return resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw

@@ -32,9 +32,12 @@ class Runner:
         self._complete: set[Request] = set()
 
     def close(self) -> None:
-        """Close the chain, unless something is in flight or was completed twice."""
+        """Quiesce and close the chain, unless something is in flight or was completed twice."""
         self.env.loop.turn(0)
         assert not self._waiting
+        quiet: list[bool] = []
+        self.chain.quiesce(lambda: quiet.append(True))
+        self.env.loop.run_until(lambda: bool(quiet), TIMEOUT_S)
         self.chain.close()
 
     def done(self, request: Request) -> None:

@@ -14,11 +14,13 @@ from tempfile import TemporaryDirectory
 import pytest
 from contract.runner import Runner
 
+from tapcore import writewatch
 from tapcore.driver import Env, OpenFlag
 from tapcore.drivers import aio as aio_module
-from tapcore.drivers.aio import MAX_DETOUR_S, STALL_S, SUSPICION_S, Aio
+from tapcore.drivers.aio import Aio
 from tapcore.errors import ChainError
 from tapcore.request import BACKGROUND, DISCARD, FLUSH, FUA, READ, STATUS, WRITE, ZEROES, Request
+from tapcore.writewatch import MAX_DETOUR_S, STALL_S, SUSPICION_S
 
 SIZE = 1 << 20
 TIMEOUT_S = 20
@@ -249,8 +251,8 @@ class FakeTime:
         self.waits = True
         self.waited = 0
         self.reads = 0
-        monkeypatch.setattr(aio_module, "monotonic", self.monotonic)
-        monkeypatch.setattr(aio_module, "_waits", lambda: self.waited)
+        monkeypatch.setattr(writewatch, "monotonic", self.monotonic)
+        monkeypatch.setattr(writewatch, "_waits", lambda: self.waited)
         monkeypatch.setattr(aio_module, "_pwritev", self.pwritev)
 
     def monotonic(self) -> float:
@@ -304,7 +306,7 @@ def test_the_detour_gets_longer_while_it_does_not_help(disk: Runner, time: FakeT
         disk.head.submit()
         head = disk.head
         assert isinstance(head, Aio)
-        time.now_s = head._detour_end_s
+        time.now_s = head._watch._detour_end_s
         disk.head.submit()
     assert lengths_s[0] == 1 and max(lengths_s) == MAX_DETOUR_S and lengths_s == sorted(lengths_s)
 

@@ -1,0 +1,154 @@
+"""qcow2: a new image.
+
+    header | refcount table | refcount blocks | L1 table (of zeroes)
+
+Specification: https://www.qemu.org/docs/master/interop/qcow2.html
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from array import array
+from pathlib import Path
+from typing import Final
+
+from tapcore.errors import UsageError, image_error
+from tapcore.formats.extents import to_big_endian
+from tapcore.formats.probe import FORMATS
+from tapcore.formats.qcow2.layout import (
+    COMPRESSION_TYPE,
+    COMPRESSIONS,
+    EXT_BACKING_FORMAT,
+    EXTENSION,
+    HEADER_V2,
+    HEADER_V3,
+    HEADER_V3_BYTES,
+    LAZY_REFCOUNTS,
+    MAGIC,
+    MAX_BACKING_NAME_BYTES,
+    MAX_CLUSTER_BITS,
+    MAX_L1_BYTES,
+    MAX_REFCOUNT_TABLE_BYTES,
+    MIN_CLUSTER_BITS,
+)
+from tapcore.formats.qcow2.refcounts import RefcountBlock
+
+REFCOUNT_BITS: Final = (1, 2, 4, 8, 16, 32, 64)
+
+
+def create(
+    path: str,
+    size_bytes: int,
+    *,
+    backing: str | None = None,
+    backing_format: str | None = None,
+    version: int = 3,
+    cluster_bits: int = 16,
+    refcount_bits: int = 16,
+    lazy_refcounts: bool = False,
+    compression: str = "zlib",
+) -> None:
+    """Make an empty image at `path`, durably. `backing` is written as it is given: relative to the image's folder,
+    or absolute; `backing_format` is QEMU's name of its format. UsageError for what no image can be; ImageError if
+    the file exists or cannot be written, and then no new file is left."""
+    _check(size_bytes, version, cluster_bits, refcount_bits, compression)
+    if version == 2 and (lazy_refcounts or refcount_bits != 16 or compression != "zlib"):
+        raise UsageError("qcow2 version 2 has no lazy refcounts, no refcounts but of 16 bits, and zlib alone")
+    cluster_bytes = 1 << cluster_bits
+    l1_size = -(-size_bytes >> (2 * cluster_bits - 3))
+    if 8 * l1_size > MAX_L1_BYTES:
+        raise UsageError(f"a disk of {size_bytes} bytes is too large for clusters of {cluster_bytes} bytes",
+                         hint="choose larger clusters")
+    l1_clusters = -(-8 * l1_size // cluster_bytes)
+    per_block = 8 * cluster_bytes // refcount_bits
+    blocks = table_clusters = 1
+    while True:
+        total = 1 + table_clusters + blocks + l1_clusters
+        needed = -(-total // per_block), -(-8 * blocks // cluster_bytes)
+        if needed[0] <= blocks and needed[1] <= table_clusters:
+            break
+        blocks, table_clusters = max(blocks, needed[0]), max(table_clusters, needed[1])
+    if table_clusters * cluster_bytes > MAX_REFCOUNT_TABLE_BYTES:
+        raise UsageError("the refcount table would be too large", hint="choose larger clusters")
+    header = _header(
+        version, cluster_bytes, backing, backing_format,
+        size=size_bytes, cluster_bits=cluster_bits, l1_size=l1_size,
+        l1_table_offset=(1 + table_clusters + blocks) * cluster_bytes, refcount_table_offset=cluster_bytes,
+        refcount_table_clusters=table_clusters, refcount_order=refcount_bits.bit_length() - 1,
+        incompatible_features=COMPRESSION_TYPE if compression != "zlib" else 0,
+        compatible_features=LAZY_REFCOUNTS if lazy_refcounts else 0,
+        compression_type=COMPRESSIONS.index(compression))
+    first_block = (1 + table_clusters) * cluster_bytes
+    table = array("Q", [first_block + number * cluster_bytes for number in range(blocks)])
+    writes = [(0, header), (cluster_bytes, to_big_endian(table))]
+    for number in range(blocks):
+        block = RefcountBlock(bytes(cluster_bytes), refcount_bits.bit_length() - 1)
+        for at in range(min(per_block, max(0, total - number * per_block))):
+            block[at] = 1
+        writes.append((table[number], block.tobytes()))
+    _write_new(path, writes, total * cluster_bytes)
+
+
+def _check(size_bytes: int, version: int, cluster_bits: int, refcount_bits: int, compression: str) -> None:
+    if size_bytes % 512 or size_bytes < 0:
+        raise UsageError(f"size {size_bytes} is not a multiple of 512 bytes")
+    if version not in (2, 3):
+        raise UsageError(f"qcow2 version {version} is not 2 or 3")
+    if not MIN_CLUSTER_BITS <= cluster_bits <= MAX_CLUSTER_BITS:
+        raise UsageError(f"cluster_bits {cluster_bits} is not {MIN_CLUSTER_BITS} to {MAX_CLUSTER_BITS}")
+    if refcount_bits not in REFCOUNT_BITS:
+        raise UsageError(f"refcount_bits {refcount_bits} is none of {REFCOUNT_BITS}")
+    if compression not in COMPRESSIONS:
+        raise UsageError(f"compression {compression!r} is none of {', '.join(COMPRESSIONS)}")
+
+
+def _header(
+    version: int, cluster_bytes: int, backing: str | None, backing_format: str | None, **fields: int
+) -> bytes:
+    if (backing is None) != (backing_format is None):
+        raise UsageError("a backing file and its format go together")
+    if backing_format is not None and backing_format not in FORMATS:
+        raise UsageError(f"unknown backing format {backing_format!r}", hint=f"known formats: {', '.join(FORMATS)}")
+    name = os.fsencode(backing or "")
+    extensions = b""
+    if backing_format is not None:
+        text = backing_format.encode()
+        extensions = EXTENSION.pack(type=EXT_BACKING_FORMAT, length=len(text))
+        extensions += text.ljust(-(-len(text) // 8) * 8, b"\0")
+    extensions += EXTENSION.pack(type=0, length=0)
+    header_bytes = HEADER_V2.size if version == 2 else HEADER_V3_BYTES
+    name_at = header_bytes + len(extensions)
+    if len(name) > min(MAX_BACKING_NAME_BYTES, cluster_bytes - name_at):
+        raise UsageError(f"the backing file's name is too long: {len(name)} bytes")
+    header = HEADER_V2.pack(
+        magic=MAGIC, version=version, backing_file_offset=name_at if name else 0, backing_file_size=len(name),
+        crypt_method=0, nb_snapshots=0, snapshots_offset=0,
+        **{key: value for key, value in fields.items() if key in HEADER_V2.names})
+    if version == 3:
+        header += HEADER_V3.pack(
+            autoclear_features=0, header_length=header_bytes,
+            **{key: value for key, value in fields.items() if key in HEADER_V3.names})
+    return header + extensions + name
+
+
+def _write_new(path: str, writes: list[tuple[int, bytes]], length: int) -> None:
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        failure = image_error(error, path, "create the image")
+        if error.errno == errno.EEXIST:
+            failure.hint = "remove it first if it is not needed"
+        raise failure from error
+    try:
+        try:
+            os.truncate(fd, length)
+            for offset, data in writes:
+                if os.pwrite(fd, data, offset) != len(data):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        Path(path).unlink()
+        raise image_error(error, path, "write the new image") from error

@@ -1,0 +1,126 @@
+"""Power loss at every point: the image opens, holds what was flushed, and has leaks at worst."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from contract.runner import Runner
+from recording import Journal, RecordingFile
+from support import need
+
+from tapcore.driver import Env, OpenFlag
+from tapcore.drivers.qcow2 import Qcow2
+from tapcore.formats.qcow2.check import check
+from tapcore.formats.qcow2.create import create
+
+SECTOR = 512
+
+
+class Recorded(Qcow2):
+    name = "qcow2-recorded"
+    file_kind = RecordingFile
+
+
+@dataclass
+class History:
+    """What each sector of the disk may hold, by how far the journal had got."""
+
+    disk: bytearray
+    flushed: list[tuple[int, bytes]] = field(default_factory=list)
+    changes: list[tuple[int, int, bytes]] = field(default_factory=list)
+    """(entries when it was asked for, offset, data)."""
+
+    def allowed(self, cut: int) -> list[set[bytes]]:
+        at, disk = [mark for mark in self.flushed if mark[0] <= cut][-1]
+        found = [{disk[sector : sector + SECTOR]} for sector in range(0, len(disk), SECTOR)]
+        for begun, offset, data in self.changes:
+            if at <= begun <= cut:
+                for place in range(0, len(data), SECTOR):
+                    found[(offset + place) // SECTOR].add(data[place : place + SECTOR])
+        return found
+
+
+def drive(runner: Runner, journal: Journal, history: History, rng: random.Random, count: int) -> None:
+    """Random aligned changes and flushes, one at a time."""
+    size = runner.size
+    for _ in range(count):
+        offset = rng.randrange(size // SECTOR) * SECTOR
+        length = min(rng.choice((1, 2, 5, 20)) * SECTOR, size - offset)
+        kind = rng.choice(("write", "write", "write", "zeroes", "discard", "flush"))
+        begun = len(journal.entries)
+        if kind == "flush":
+            assert runner.flush() == 0
+            history.flushed.append((len(journal.entries), bytes(history.disk)))
+            continue
+        data = rng.randbytes(length) if kind == "write" else bytes(length)
+        history.changes.append((begun, offset, data))
+        if kind == "write":
+            assert runner.write(offset, data) == 0
+        else:
+            assert (runner.zeroes if kind == "zeroes" else runner.discard)(offset, length) == 0
+        history.disk[offset : offset + length] = runner.read(offset, length)
+
+
+def prepare(path: Path, kind: str, size: int) -> None:
+    backing = None
+    if kind == "overlay":
+        backing = "base.raw"
+        (path.parent / backing).write_bytes(random.Random(7).randbytes(size // 2))
+    create(str(path), size, cluster_bits=9 if kind == "growing" else 10,
+           refcount_bits=16 if kind == "snapshot" else 64, backing=backing,
+           backing_format="raw" if backing else None)
+    if kind == "snapshot":
+        subprocess.run(["qemu-io", "-f", "qcow2", "-c", f"write -P 9 1k {size // 2}", str(path)], check=True,
+                       capture_output=True, timeout=20)
+        subprocess.run(["qemu-img", "snapshot", "-c", "one", str(path)], check=True, timeout=20)
+
+
+@pytest.mark.parametrize(("kind", "size", "count", "step"), [
+    ("plain", 65536, 60, 1), ("overlay", 65536, 60, 1), ("snapshot", 65536, 60, 1), ("growing", 4 << 20, 20, 60)])
+def test_whatever_a_crash_leaves_is_whole(
+    env: Env, tmp_path: Path, kind: str, size: int, count: int, step: int
+) -> None:
+    need("qemu-img", "qemu-io")
+    path = tmp_path / "a.qcow2"
+    prepare(path, kind, size)
+    before = path.read_bytes()
+    RecordingFile.journal = journal = Journal()
+    runner = Runner(env, f"qcow2-recorded:{path}")
+    history = History(bytearray(runner.read(0, size)))
+    history.flushed.append((0, bytes(history.disk)))
+    rng = random.Random(kind)
+    if kind == "growing":
+        drive(runner, journal, history, rng, 10)
+        data = rng.randbytes(size - 65536)
+        history.changes.append((len(journal.entries), 0, data))
+        assert runner.write(0, data) == 0
+        history.disk[: len(data)] = data
+    drive(runner, journal, history, rng, count)
+    runner.close()
+    crashed = tmp_path / "crashed.qcow2"
+    cuts = range(0, len(journal.entries) + 1, step)
+    qemu_cuts = set(rng.sample(cuts, 6))
+    for cut in cuts:
+        for seed in (None, cut):
+            crashed.write_bytes(journal.crash(before, cut, None if seed is None else random.Random(seed)))
+            report = check(str(crashed))
+            assert report.errors == 0, (cut, seed, report.messages)
+            again = Runner(env, f"qcow2:{crashed}", OpenFlag.RDONLY)
+            disk = again.read(0, size)
+            again.close()
+            allowed = history.allowed(cut)
+            wrong = [at for at in range(0, size, SECTOR) if disk[at : at + SECTOR] not in allowed[at // SECTOR]]
+            assert wrong == [], (cut, seed)
+            if cut in qemu_cuts:
+                assert qemu_check(crashed) in (0, 3)
+    assert qemu_check(path) == 0
+    assert check(str(path)).leaks == 0
+
+
+def qemu_check(path: Path) -> int:
+    """0: nothing wrong; 3: leaks; 2: errors."""
+    return subprocess.run(["qemu-img", "check", str(path)], capture_output=True, timeout=20).returncode
