@@ -28,6 +28,7 @@ from rich.table import Table
 from writelog.bitmap import Bitmap, bitmap_bytes
 from writelog.dirtymap import DirtyMap
 from writelog.logconn import STEP_RANGES
+from writelog.logstore import forget
 
 START_TIMEOUT_S = 20.0
 OURS = "log:|aio:"
@@ -100,6 +101,7 @@ def server(name: str, image: Path, folder: Path) -> Iterator[str]:
             process.terminate()
             process.wait(20)
             path.unlink(missing_ok=True)
+            forget(folder, "bench")
 
 
 def fio(row: FioRow, uri: str, seconds: float, size_bytes: int) -> float:
