@@ -2,11 +2,11 @@
 
 A sync copies what is dirty while the guest writes on. The pause that a switch-over would cost now is predicted as
 
-    remaining / send rate + round trip + flush of the replica
+    remaining / send rate + round trip + flush of the replica + time for which it has applied nothing
 
-and as soon as that fits the downtime budget, the sync switches. If the prediction has not become better for
-`patience_s`, it never will: the guest writes as fast as the link carries, and the sync gives up and says so.
-Times are seconds, rates bytes a second.
+and once that fits the downtime budget, and is short anyway or becomes no shorter, the sync switches. If the
+prediction has not become better for `patience_s`, it never will: the guest writes as fast as the link carries, and
+the sync gives up and says so. Times are seconds, rates bytes a second.
 """
 
 from __future__ import annotations
@@ -20,6 +20,10 @@ from tapcore.text import size_text
 
 ASSUMED_RATE: Final = 50e6
 """Send rate before any was measured."""
+SHORT_PAUSE_S: Final = 0.02
+"""A pause that need not become shorter."""
+SETTLED_S: Final = 0.3
+"""A prediction that is no better for so long will hardly become better."""
 NOTICEABLE: Final = 0.95
 """A prediction is better only if it is below this part of the best one so far."""
 MAX_FAILED_PAUSES: Final = 3
@@ -59,6 +63,10 @@ class Outlook:
     failed_pauses: int = 0
     """Switch-overs that were broken off because they took too long."""
     unimproved_s: float = 0.0
+    stalled_s: float = 0.0
+    """How long the replica has applied nothing of what it was sent."""
+    is_untried: bool = False
+    """It has applied nothing at all: how fast it is nobody knows, nor whether its disk works."""
     paused_s: float | None = None
 
     def with_unimproved(self, unimproved_s: float) -> Outlook:
@@ -71,7 +79,8 @@ class Outlook:
     @property
     def pause_s(self) -> float:
         """The predicted length of the pause."""
-        return self.remaining_bytes / (self.send_rate or ASSUMED_RATE) + self.round_trip_s + self.flush_s
+        send_s = self.remaining_bytes / (self.send_rate or ASSUMED_RATE)
+        return send_s + self.round_trip_s + self.flush_s + self.stalled_s
 
     @property
     def eta_s(self) -> float | None:
@@ -101,9 +110,14 @@ def decide(outlook: Outlook, limits: Limits) -> Decision:
         return Decision(Action.GIVE_UP, f"{outlook.failed_pauses} switch-overs took longer than "
                                         f"{limits.max_pause_s:g} s: {_figures(outlook)}",
                         "allow more with --max-pause, or see what slows the replica down")
-    if not outlook.first_pass_done:
+    if outlook.stalled_s > limits.patience_s:
+        return Decision(Action.GIVE_UP, f"the replica has applied nothing for {outlook.stalled_s:.0f} s, with "
+                                        f"{size_text(outlook.remaining_bytes)} to go",
+                        "see what its disk does, or wait longer with --patience")
+    if not outlook.first_pass_done or outlook.is_untried:
         return Decision(Action.COPY)
-    if outlook.pause_s <= limits.downtime_s:
+    if outlook.pause_s <= limits.downtime_s and (
+            outlook.pause_s <= SHORT_PAUSE_S or outlook.unimproved_s >= SETTLED_S):
         return Decision(Action.SWITCH)
     if outlook.unimproved_s > limits.patience_s:
         return Decision(Action.GIVE_UP, f"does not converge: {_figures(outlook)}, no better for "

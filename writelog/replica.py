@@ -3,24 +3,40 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import logging
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import FrameType
+from typing import Final
 
+from tapcore.chain import parse
 from tapcore.driver import Env
+from tapcore.drivers.log import Log
 from tapcore.errors import UsageError, WritelogError
 from tapcore.loop import Loop
 from tapcore.nbd.server import NbdServer
+from tapcore.rundir import default_run_dir
 from tapcore.vbd import Vbd
 from tapcore.workers import Workers
 from writelog.replica_server import ReplicaServer
+from writelog.replica_session import CREDIT_BYTES
 from writelog.sync_transport import check_endpoint, create_keys, load_authorized, load_keys
+from writelog.wire import MAX_DATA_BYTES
+
+MAX_OPTION_S: Final = 1_000_000
+M_TRIM_THRESHOLD: Final = -1
+M_MMAP_THRESHOLD: Final = -3
+"""Of mallopt(3)."""
+MIN_OPTION_S: Final = 0.1
+"""Of times that must not be 0."""
 
 DESCRIPTION = """\
 Receive a disk from writelog-sync into CHAIN, which must exist and be as large as the disk. Until the switch-over
-the export's clients can connect, and their requests wait; then they are served. One sync at a time."""
+the export's clients can connect, and their requests wait; then they are served. One sync at a time.
+SIGTERM and SIGINT end it when the requests under way are completed; a second one at once."""
 
 EXAMPLES = """\
 examples:
@@ -32,6 +48,25 @@ examples:
   writelog-replica --listen tcp://192.0.2.7:5599 --key /etc/writelog/replica.key_secret \\
                    --authorized /etc/writelog/syncs.d aio:/vm/copy.img
 """
+
+
+def seconds(text: str) -> float:
+    """An option's time, 0 or more."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= MAX_OPTION_S:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds from 0 to {MAX_OPTION_S:,}")
+    return value
+
+
+def some_seconds(text: str) -> float:
+    """An option's time, more than 0."""
+    value = seconds(text)
+    if value < MIN_OPTION_S:
+        raise argparse.ArgumentTypeError(f"{text!r} is too short: {MIN_OPTION_S} s or more")
+    return value
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -48,7 +83,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--authorized", type=Path, metavar="PATH",
                         help="with --key: the public key of the sync, or a directory of such *.key files")
     parser.add_argument("--insecure", action="store_true", help="listen beyond this machine without keys")
-    parser.add_argument("--peer-timeout", type=float, default=10.0, metavar="S",
+    parser.add_argument("--peer-timeout", type=some_seconds, default=10.0, metavar="S",
                         help="a sync that is silent for so long is gone (default: %(default)g s)")
     parser.add_argument("--once", action="store_true",
                         help="exit after one sync: 0 if its copy was confirmed, 1 if not; a promoted disk "
@@ -87,10 +122,13 @@ class Replica:
 
     def run(self) -> int:
         """Serve until SIGTERM or SIGINT, or with --once one sync; WritelogError if it cannot start."""
+        keep_buffers()
         options = self._options
         keys = load_keys(options.key) if options.key else None
         authorized = load_authorized(options.authorized) if options.authorized else frozenset()
         check_endpoint(options.listen, keys is not None, options.insecure)
+        if any(level.driver == Log.name for level in parse(options.chain)):
+            self._env.run_dir = default_run_dir().absolute()
         self._vbd.open(options.chain)
         self._vbd.pause(lambda: None)
         try:
@@ -99,7 +137,7 @@ class Replica:
                                          peer_timeout_s=options.peer_timeout, on_end=self._on_end)
             print(f"listening on {self._server.listen(options.listen)}", flush=True)
             for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, lambda *_: self._loop.call_threadsafe(self.stop))
+                signal.signal(number, self._on_signal)
             self._loop.run()
         finally:
             if self._server is not None and not self._stopping:
@@ -109,6 +147,12 @@ class Replica:
                 self._vbd.close(lambda: None)
             self._workers.close()
         return self.status
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        """End in good order; a second signal ends it at once."""
+        for again in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(again, signal.SIG_DFL)
+        self._loop.call_threadsafe(self.stop)
 
     def stop(self) -> None:
         """Close the socket, let what is in flight end, close the disk, leave the loop."""
@@ -128,16 +172,29 @@ class Replica:
         self._loop.call_soon(self.stop)
 
 
+def keep_buffers() -> None:
+    """Have malloc keep what zmq receives into, instead of giving it back to the system after each message and
+    fetching it again, a page fault for every 4 KiB. Credit bounds how much that is."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, 2 * MAX_DATA_BYTES)
+        mallopt(M_TRIM_THRESHOLD, 2 * CREDIT_BYTES)
+
+
 def run_command(command: Callable[[], int], name: str) -> int:
-    """The exit code of `command`; an error is one line on stderr, with 2 for bad usage and 1 otherwise."""
+    """The exit code of `command`; an error is one line on stderr, with 2 for bad usage, 130 for an interrupt that
+    came before the command was ready for it, and 1 otherwise."""
     try:
         return command()
     except UsageError as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 2
-    except WritelogError as error:
+    except (WritelogError, OSError) as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        return 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

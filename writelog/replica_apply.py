@@ -15,6 +15,9 @@ from tapcore.request import FLUSH, READ, WRITE, ZEROES, Request
 
 MAX_IN_FLIGHT_BYTES = 16 << 20
 MAX_IN_FLIGHT = 256
+MAX_QUEUED_BYTES = 128 << 20
+MAX_QUEUED = 4096
+"""Extents, however short, that wait."""
 ZERO_PIECE = memoryview(bytes(1 << 20))
 """What is written where a chain has no zeroes operation of its own."""
 
@@ -83,6 +86,11 @@ class Applier:
     @property
     def is_idle(self) -> bool:
         return not self._queue and not self._flying
+
+    @property
+    def is_full(self) -> bool:
+        """No more extents should be queued until some have ended."""
+        return self.queued_bytes > MAX_QUEUED_BYTES or len(self._queue) >= MAX_QUEUED
 
     def _append(self, job: Job) -> None:
         self._queue.append(job)

@@ -18,9 +18,10 @@ import zmq
 
 from tapcore.driver import Env
 from tapcore.errors import ReplicationError, UsageError, WritelogError
+from tapcore.loop import Timer
 from tapcore.vbd import Vbd
 from writelog.replica_apply import Applier
-from writelog.replica_session import CREDIT_BYTES, OPEN, WAITING, Session
+from writelog.replica_session import OPEN, WAITING, Session
 from writelog.sync_transport import Gate, Keys, monitor_events, prepare, serve_curve
 from writelog.wire import VERSION, Failure, Hello, Message, Refusal, Refused, decode, encode
 
@@ -28,8 +29,6 @@ logger = logging.getLogger(__name__)
 
 BATCH_MESSAGES: Final = 64
 """Messages taken before the loop serves others."""
-MAX_QUEUED_BYTES: Final = 2 * CREDIT_BYTES
-"""Payload on its way to the disk beyond which the socket is left alone."""
 SEND_QUEUE_MESSAGES: Final = 1000
 LAST_ANSWER_MS: Final = 500
 """How long a socket that is closed still tries to deliver the last answer."""
@@ -60,6 +59,9 @@ class ReplicaServer:
         self._confirmed: bytes | None = None
         self._draining = False
         self._wake_due = False
+        self._held_back = False
+        self._waits_for_idle = False
+        self._gone_timer: Timer | None = None
         self._context = zmq.Context()
         self._gate = Gate(self._context, authorized) if keys is not None else None
         self._socket = self._context.socket(zmq.ROUTER)
@@ -73,7 +75,8 @@ class ReplicaServer:
         try:
             self._socket.bind(endpoint)
         except zmq.ZMQError as error:
-            raise UsageError(f"cannot listen on {endpoint}: {error.strerror}", errno=error.errno) from None
+            raise UsageError(f"cannot listen on {endpoint}: {zmq.strerror(error.errno or 0)}",
+                             errno=error.errno) from None
         self.endpoint = self._socket.get_string(zmq.LAST_ENDPOINT)
         self._env.loop.add_reader(self._socket.fileno(), self._drain)
         self._env.loop.add_reader(self._monitor.fileno(), self._watch)
@@ -111,8 +114,10 @@ class ReplicaServer:
         self._wake_due = False
         if self._socket.closed:
             return
+        self._hold_back(self._applier.is_full)
         for _ in range(BATCH_MESSAGES):
-            if self._applier.queued_bytes > MAX_QUEUED_BYTES:
+            if self._applier.is_full:
+                self._hold_back(True)
                 break
             try:
                 frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
@@ -122,6 +127,21 @@ class ReplicaServer:
         else:
             self._wake()
         self._applier.start()
+
+    def _hold_back(self, hold: bool) -> None:
+        """Leave the socket alone until there is room. As soon as there is, the answers of the session wake it; if
+        there is no session any more, the end of all that is in flight does."""
+        if hold == self._held_back:
+            return
+        self._held_back = hold
+        self._env.loop.add_reader(self._socket.fileno(), None if hold else self._drain)
+        if hold and not self._waits_for_idle:
+            self._waits_for_idle = True
+            self._applier.when_idle(self._idle)
+
+    def _idle(self) -> None:
+        self._waits_for_idle = False
+        self._wake()
 
     def _send(self, identity: bytes, message: Message) -> None:
         """Send what fits the queue: a peer that takes no answers is not worth more, and finds out by itself."""
@@ -168,6 +188,8 @@ class ReplicaServer:
             return
         if self._session is not None:
             self._session.end()
+        if self._gone_timer is not None:
+            self._gone_timer.cancel()
         self._applier.drop_queued()
         resumed = hello.session == self._session_id
         self._session_id = hello.session
@@ -210,7 +232,7 @@ class ReplicaServer:
             return
         logger.warning("the connection to the sync ended; it may come back")
         session_id = self._session_id
-        self._env.loop.call_later(self._peer_timeout_s, lambda: self._gone(session_id))
+        self._gone_timer = self._env.loop.call_later(self._peer_timeout_s, lambda: self._gone(session_id))
 
     def _gone(self, session_id: bytes) -> None:
         """The time for a sync to come back is over."""
@@ -236,7 +258,7 @@ class ReplicaServer:
         if not self.promoted:
             self.promoted = True
             self._vbd.resume()
-            logger.info("promoted: this disk is the primary now")
+            logger.warning("promoted: this disk is the primary now")
             if self._on_end is not None:
                 self._on_end(True)
         return self._export

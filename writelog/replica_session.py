@@ -137,6 +137,8 @@ class Session:
             self._advance(message.seq)
         elif isinstance(message, Verify):
             self._must_be_confirmed("VERIFY")
+            if self._verification is not None:
+                raise ProtocolError("VERIFY came while the disk is read for another one")
             self._verification = _Verification(self._loop, self._applier, self._size_bytes, self._verified)
             self._verification.turn()
         elif isinstance(message, Promote):
@@ -270,6 +272,7 @@ class Session:
             self._alive_timer = self._loop.call_later(ALIVE_INTERVAL_S, self._stay_alive)
 
     def _verified(self, code: int, digest: bytes) -> None:
+        self._verification = None
         if self.state == OVER:
             return
         if code:

@@ -11,7 +11,7 @@ from pathlib import Path
 from tapcore.errors import WritelogError
 from tapcore.rundir import default_run_dir
 from writelog.plan import Limits
-from writelog.replica import run_command
+from writelog.replica import run_command, seconds, some_seconds
 from writelog.sync_link import Peer
 from writelog.sync_report import Reporter
 from writelog.sync_run import Interrupted, Sync
@@ -40,14 +40,14 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("replica", metavar="tcp://HOST:PORT", help="where writelog-replica listens")
     parser.add_argument("--run-dir", type=Path, metavar="DIR", help="where the tapdisk's control socket is")
     parser.add_argument("--log", metavar="NAME", help="which write log to use, if the disk has several")
-    parser.add_argument("--downtime", type=float, default=0.3, metavar="S",
+    parser.add_argument("--downtime", type=seconds, default=0.3, metavar="S",
                         help="switch over when the pause is predicted to be this short (default: %(default)g s)")
-    parser.add_argument("--max-pause", type=float, default=10.0, metavar="S",
+    parser.add_argument("--max-pause", type=some_seconds, default=10.0, metavar="S",
                         help="break a switch-over off that takes longer (default: %(default)g s; --verify apart)")
-    parser.add_argument("--patience", type=float, default=60.0, metavar="S",
+    parser.add_argument("--patience", type=seconds, default=60.0, metavar="S",
                         help="give up when the predicted pause gets no shorter for so long (default: %(default)g)")
-    parser.add_argument("--max-time", type=float, metavar="S", help="give up when it is not done after so long")
-    parser.add_argument("--peer-timeout", type=float, default=10.0, metavar="S",
+    parser.add_argument("--max-time", type=seconds, metavar="S", help="give up when it is not done after so long")
+    parser.add_argument("--peer-timeout", type=some_seconds, default=10.0, metavar="S",
                         help="a replica that is silent for so long is gone (default: %(default)g s)")
     parser.add_argument("--keep-running", action="store_true",
                         help="do all but hand over: the disk stays here, the replica keeps a consistent copy")

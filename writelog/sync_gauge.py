@@ -25,6 +25,9 @@ class Gauge:
         self._sampled_s = self._start_s
         self._busy_s = 0.0
         self._committed_bytes = 0
+        self._moved_s = self._start_s
+        """When the replica was last seen to apply something, or had nothing to."""
+        self._moved_seq = 0
         self._sent = Meter(WINDOW_S)
         self._dirtied = Meter(WINDOW_S)
         self._improvement = Improvement()
@@ -51,6 +54,8 @@ class Gauge:
             self._sent.feed(self._busy_s, pipeline.applied_bytes)
         self._sampled_s = now_s
         self._dirtied.feed(now_s, dirty_bytes + leased_bytes + self._committed_bytes)
+        if pipeline.applied_seq != self._moved_seq or not pipeline.unacked_bytes:
+            self._moved_s, self._moved_seq = now_s, pipeline.applied_seq
         ack = self.ack
         outlook = Outlook(
             elapsed_s=self.elapsed_s,
@@ -61,6 +66,8 @@ class Gauge:
             round_trip_s=self.round_trip_s,
             flush_s=flush_estimate_s(ack.flush_ns / 1e9, ack.flush_bytes, dirty_bytes + leased_bytes),
             failed_pauses=failed_pauses,
+            stalled_s=now_s - self._moved_s,
+            is_untried=pipeline.unacked_bytes > 0 and pipeline.applied_seq == 0,
         )
         if first_pass_done:
             outlook = outlook.with_unimproved(self._improvement.unimproved_s(now_s, outlook.pause_s))

@@ -14,12 +14,14 @@ from typing import Final
 
 import zmq
 
-from tapcore.errors import ReplicationError
-from writelog.sync_transport import MONITORED, Keys, monitor_events, prepare, use_curve
+from tapcore.errors import ReplicationError, UsageError
+from writelog.sync_transport import ENDPOINT_HINT, MONITORED, Keys, monitor_events, prepare, use_curve
 from writelog.wire import Data, Message, decode, encode
 
 MAX_UNACKED_MESSAGES: Final = 16384
 """Messages sent and not yet applied by the replica; the send queue holds as many."""
+MAX_RECEIVED: Final = 1024
+"""Answers taken in one go: a replica that sends without end must not keep the sync from its other duties."""
 MAX_BLIND_FAILURES: Final = 3
 """Handshakes that the replica broke off without a word before it is taken for a wrong server key."""
 
@@ -55,7 +57,12 @@ class Link:
         if peer.keys is not None and peer.server_public is not None:
             use_curve(self.socket, peer.keys, peer.server_public)
         self.monitor = self.socket.get_monitor_socket(MONITORED)
-        self.socket.connect(peer.endpoint)
+        try:
+            self.socket.connect(peer.endpoint)
+        except zmq.ZMQError as error:
+            self.close()
+            raise UsageError(f"cannot connect to {peer.endpoint}: {zmq.strerror(error.errno or 0)}",
+                             errno=error.errno, hint=ENDPOINT_HINT) from None
 
     def close(self) -> None:
         self.socket.disable_monitor()
@@ -84,7 +91,7 @@ class Link:
         ReplicationError if the replica will never let this sync in, ProtocolError on garbage."""
         for event, value in monitor_events(self.monitor):
             self._on_event(event, value)
-        while True:
+        for _ in range(MAX_RECEIVED):
             try:
                 frames = self.socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:

@@ -22,7 +22,7 @@ from writelog.client import LogClient, Response
 from writelog.sync_link import MAX_UNACKED_MESSAGES, Link
 from writelog.wire import MAX_ZERO_BYTES, Ack, Data, RunningDigest, Zero, checksum
 
-PIECE_BYTES: Final = 256 << 10
+PIECE_BYTES: Final = 512 << 10
 """One read, and the payload of one DATA."""
 PAGE_BYTES: Final = 4096
 MESSAGE_COST_BYTES: Final = 4096
@@ -114,6 +114,8 @@ class Pipeline:
         self._portions: deque[Portion] = deque()
         """Taken and not durable."""
         self._last_durable = 0
+        self.applied_seq = 0
+        """The replica has applied all up to this one."""
         self.todo_bytes = 0
         """Taken, not yet sent."""
 
@@ -237,6 +239,7 @@ class Pipeline:
         """ProtocolError if the replica acknowledges what was not sent, or takes something back."""
         if not ack.durable <= ack.applied <= self.seq:
             raise ProtocolError(f"the replica acknowledges seq {ack.applied} and {ack.durable} of {self.seq}")
+        self.applied_seq = ack.applied
         unacked = self._unacked
         while unacked and unacked[0][0] <= ack.applied:
             _, cost_bytes, payload_bytes = unacked.popleft()

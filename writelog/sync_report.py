@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import sys
 import time
 from dataclasses import asdict, dataclass, field
@@ -88,6 +90,7 @@ class Reporter:
     def __init__(self, style: str, out: TextIO | None = None) -> None:
         self._style = style
         self._out = out or sys.stdout
+        self._silent = False
         self._state = ""
         self._told_s = 0.0
         self._interval_s = {"json": JSON_INTERVAL_S, "tty": TTY_INTERVAL_S}.get(style, LINE_INTERVAL_S)
@@ -142,7 +145,23 @@ class Reporter:
         self._line(json.dumps({"state": self._state, "time": round(time.time(), 3), **figures}))
 
     def _line(self, text: str) -> None:
-        print(text, file=self._out, flush=True)
+        if self._silent:
+            return
+        try:
+            print(text, file=self._out, flush=True)
+        except OSError as error:
+            self._silent = True
+            with contextlib.suppress(OSError):
+                self._fall_silent(error)
+
+    def _fall_silent(self, error: OSError) -> None:
+        """Nobody reads any more, or there is no room: that must not end a sync, least of all a hand-over."""
+        if self._out is sys.stdout:
+            # What is stuck in its buffer goes nowhere, instead of failing once more when the program ends.
+            null_fd = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null_fd, sys.stdout.fileno())
+            os.close(null_fd)
+        print(f"writelog-sync: cannot report any more, but goes on: {error.strerror}", file=sys.stderr)
 
     def _update(self, text: str) -> None:
         if self._live is None:

@@ -11,6 +11,7 @@ Never lose a write:
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import time
 from collections.abc import Callable
@@ -54,8 +55,12 @@ SAMPLE_INTERVAL_S: Final = 0.1
 POLL_S: Final = 0.05
 SWITCH_ROUND_TRIPS: Final = 2
 """Of a pause: barrier and promotion."""
+STALL_TOLD_S: Final = 2.0
+"""A replica that applies nothing for so long has stalled."""
 ROOM_POLL_S: Final = 0.002
 """How often to ask zmq whether it is done with a buffer when there is nothing else to do."""
+ANSWER_S: Final = 30.0
+"""Longest wait for what a replica answers without delay. It is known to live: it acknowledges meanwhile."""
 SETTLE_S: Final = 30.0
 """Longest wait for reads and buffers of a connection that is gone."""
 
@@ -156,7 +161,7 @@ class Sync:
         for pollable in (link.socket, link.monitor, self._source.log.fileno()):
             self._poller.register(pollable, zmq.POLLIN)
         link.send(Hello(VERSION, self._session, self._source.size_bytes, self._source.name))
-        welcome = self._wait_for(Welcome)
+        welcome = self._wait_for(Welcome, ANSWER_S)
         self._is_welcome = True
         self._gauge.round_trip_s = SWITCH_ROUND_TRIPS * (time.monotonic() - link.opened_s)
         self._report.connections += 1
@@ -214,6 +219,8 @@ class Sync:
         self._guard()
 
     def _take_responses(self) -> None:
+        if self._source.handed_over:
+            return  # the log has done its part: the replica must be promoted even if the tapdisk ends now
         for response in self._source.log.responses():
             self._pipeline.on_read(response)
 
@@ -251,9 +258,13 @@ class Sync:
         if decision.action == Action.RESUME:
             raise PauseTooLong(decision.reason)
 
-    def _wait_for(self, kind: type[M]) -> M:
-        """The replica's next answer of a kind, even if it was its last word. LinkLost if it is silent."""
+    def _wait_for(self, kind: type[M], limit_s: float = math.inf) -> M:
+        """The replica's next answer of a kind, even if it was its last word. LinkLost if it is silent;
+        ReplicationError if it has other things to say for `limit_s`."""
+        deadline_s = time.monotonic() + limit_s
         while kind not in self._replies:
+            if time.monotonic() > deadline_s:
+                raise ReplicationError(f"the replica has not answered for {limit_s:g} s, though it is there")
             try:
                 self._pump()
             except LinkLost:
@@ -298,10 +309,11 @@ class Sync:
     def _copy(self) -> None:
         """Copy while the guest writes, until the plan says that it is time to switch."""
         while True:
-            self._reporter.state(CONVERGING if self._first_pass_done else SYNCING)
+            stalled = self._outlook.stalled_s >= STALL_TOLD_S
+            self._reporter.state(STALLED if stalled else CONVERGING if self._first_pass_done else SYNCING)
             self._take_more()
             self._pump()
-            if time.monotonic() - self._sampled_s < SAMPLE_INTERVAL_S:
+            if time.monotonic() - self._sampled_s < SAMPLE_INTERVAL_S and not self._has_caught_up:
                 continue
             outlook = self._sample()
             decision = decide(outlook, self._limits)
@@ -309,6 +321,10 @@ class Sync:
                 return
             if decision.action == Action.GIVE_UP:
                 raise ReplicationError(decision.reason, hint=decision.hint)
+
+    @property
+    def _has_caught_up(self) -> bool:
+        return self._first_pass_done and self._pipeline.is_all_sent and not self._pipeline.unacked_bytes
 
     def _sample(self) -> Outlook:
         self._dirty_bytes, leased_bytes = self._source.dirty_bytes()
@@ -350,9 +366,9 @@ class Sync:
         if self._keep_running:
             self._source.resume()
             watch.lap("resume")
-            with contextlib.suppress(LinkLost):  # the copy is confirmed, whatever becomes of the connection
+            with contextlib.suppress(LinkLost, WritelogError):  # the copy is confirmed, whatever comes now
                 self._send(Release())
-                self._wait_for(Released)
+                self._wait_for(Released, ANSWER_S)
         else:
             self._source.hand_over(self._peer.endpoint)
             watch.lap("hand over")
@@ -407,7 +423,7 @@ class Sync:
 
     def _promote(self) -> None:
         self._send(Promote(self._confirmed))
-        self._report.export = self._wait_for(Promoted).export
+        self._report.export = self._wait_for(Promoted, ANSWER_S).export
 
     def _send(self, message: Message) -> None:
         assert self._link is not None

@@ -39,6 +39,10 @@ class Source:
         self._lock_fd = -1
         try:
             info = self._control.call("info", disk=name)
+            if info["fenced"]:
+                raise ReplicationError(f"disk {name!r} was {info['fenced']}", errno=errno.EPERM,
+                                       hint="its copy is complete: use that; or, if that host is lost, go on here "
+                                            f"by force: tap-ctl unpause --force {name}")
             self.size_bytes = int(info["size"])
             self._socket = self._find_log(info["logs"], log_name)
             self._lock()
@@ -64,12 +68,30 @@ class Source:
 
     def _lock(self) -> None:
         """Two syncs of one log would each take what the other needs."""
-        self._lock_fd = os.open(f"{self._socket}.sync", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ReplicationError(f"another sync of disk {self.name!r} uses this write log", errno=errno.EBUSY,
-                                   hint="wait for it, or open the disk with a log for each replica") from None
+        path = self._lock_path
+        while True:
+            try:
+                fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            except OSError as error:
+                raise ReplicationError(f"cannot lock the log: {error.strerror}", errno=error.errno,
+                                       path=str(path)) from None
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if path.stat().st_ino == os.fstat(fd).st_ino:
+                    self._lock_fd = fd
+                    return
+            except BlockingIOError:
+                os.close(fd)
+                raise ReplicationError(f"another sync of disk {self.name!r} uses this write log",
+                                       errno=errno.EBUSY,
+                                       hint="wait for it, or open the disk with a log for each replica") from None
+            except FileNotFoundError:
+                pass  # its former owner has removed it while it was being locked
+            os.close(fd)
+
+    @property
+    def _lock_path(self) -> Path:
+        return Path(f"{self._socket}.sync")
 
     @property
     def log(self) -> LogClient:
@@ -82,7 +104,10 @@ class Source:
             self._log.close()
         self._control.close()
         if self._lock_fd >= 0:
+            with contextlib.suppress(OSError):
+                self._lock_path.unlink()
             os.close(self._lock_fd)
+            self._lock_fd = -1
 
     # The log
 

@@ -7,8 +7,10 @@ when it is gone (heartbeats). CURVE keys are the certificate files that `writelo
 from __future__ import annotations
 
 import errno
+import ipaddress
 import logging
 import os
+import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,6 +32,7 @@ RECEIVE_QUEUE_MESSAGES = 256
 HEARTBEAT_INTERVAL_S = 1.0
 KEY_BYTES = 32
 ZAP_DOMAIN = b"writelog"
+ENDPOINT_HINT = "write it like tcp://192.0.2.7:5599"
 
 
 @dataclass(frozen=True)
@@ -101,13 +104,21 @@ def check_endpoint(endpoint: str, secured: bool, insecure: bool) -> None:
         host, port = parts.hostname, parts.port
     except ValueError:
         host = port = None
-    if not endpoint.startswith("tcp://") or not host or port is None:
-        raise UsageError(f"{endpoint!r} is no address", hint="write it like tcp://192.0.2.7:5599")
-    loopback = host.startswith("127.") or host in ("localhost", "::1")
-    if not (loopback or secured or insecure):
+    # A ';' would make zmq take what is before it for the address of its own end.
+    odd = re.search(r"[;@?#\s]|/.*/.*/", endpoint)
+    if not endpoint.startswith("tcp://") or not host or port is None or odd:
+        raise UsageError(f"{endpoint!r} is no address", hint=ENDPOINT_HINT)
+    if not (_is_loopback(host) or secured or insecure):
         raise UsageError(f"{endpoint} is not on this machine, and without keys anyone on the way can read and "
                          "change the disk", errno=errno.EPERM,
                          hint="give keys with --key (writelog-replica keygen makes them), or --insecure")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def prepare(socket: zmq.Socket[bytes], endpoint: str, peer_timeout_s: float, send_queue_messages: int) -> None:

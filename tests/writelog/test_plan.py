@@ -12,7 +12,7 @@ from writelog.plan import Action, Improvement, Limits, Meter, Outlook, decide, f
 MB = 1_000_000
 LIMITS = Limits(downtime_s=0.3, patience_s=60, max_pause_s=10)
 CALM = Outlook(elapsed_s=5, first_pass_done=True, remaining_bytes=10 * MB, send_rate=100e6, dirty_rate=1e6,
-               round_trip_s=0.01, flush_s=0.05)
+               round_trip_s=0.01, flush_s=0.05, unimproved_s=1)
 
 
 def test_switches_when_the_pause_fits() -> None:
@@ -28,9 +28,30 @@ def test_copies_on_when_it_does_not_fit(change: dict[str, Any]) -> None:
     assert decide(replace(CALM, **change), LIMITS).action == Action.COPY
 
 
+def test_a_pause_that_becomes_shorter_is_waited_for() -> None:
+    assert decide(replace(CALM, unimproved_s=0.2), LIMITS).action == Action.COPY
+    short = replace(CALM, unimproved_s=0, remaining_bytes=0, flush_s=0)
+    assert decide(short, LIMITS).action == Action.SWITCH
+
+
 def test_an_unmeasured_rate_is_assumed() -> None:
     assert decide(replace(CALM, send_rate=None), LIMITS).action == Action.SWITCH
     assert decide(replace(CALM, send_rate=None, remaining_bytes=40 * MB), LIMITS).action == Action.COPY
+
+
+def test_a_replica_that_has_shown_nothing_yet_is_waited_for() -> None:
+    assert decide(replace(CALM, send_rate=None, is_untried=True), LIMITS).action == Action.COPY
+    assert decide(replace(CALM, stalled_s=0.2), LIMITS).action == Action.COPY
+    assert decide(replace(CALM, stalled_s=0.1), LIMITS).action == Action.SWITCH
+
+
+def test_gives_up_when_the_replica_applies_nothing() -> None:
+    for first_pass_done in (False, True):
+        stalled = replace(CALM, first_pass_done=first_pass_done, stalled_s=61)
+        decision = decide(stalled, LIMITS)
+        assert decision.action == Action.GIVE_UP
+        assert "applied nothing for 61 s, with 9.537 MiB to go" in decision.reason
+        assert decide(replace(stalled, stalled_s=59), LIMITS).action == Action.COPY
 
 
 def test_gives_up_when_it_does_not_converge_and_says_why() -> None:

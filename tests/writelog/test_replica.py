@@ -326,7 +326,7 @@ def test_garbage_neither_kills_nor_changes_anything(
 
 
 def test_the_socket_is_left_alone_while_too_much_is_queued(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("writelog.replica_server.MAX_QUEUED_BYTES", 64 << 10)
+    monkeypatch.setattr("writelog.replica_apply.MAX_QUEUED_BYTES", 64 << 10)
     peer = bench.peer()
     peer.begin()
     bench.driver.early = False

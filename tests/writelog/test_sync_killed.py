@@ -1,0 +1,99 @@
+"""A sync is killed at each step of the protocol: the guest goes on, and what the replica lacks is dirty."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+from sync_rig import SIZE_BYTES, WAIT_S, Rig, Script
+
+from tapcore.driver import Env
+from tapcore.nbd.wire import NBD_CMD_WRITE
+from writelog.wire import Barrier, Data, Hello, Message, Promote, Release, Verify, Zero
+
+BLOCK_BYTES = 4096
+
+
+@pytest.fixture
+def rig(env: Env, tmp_path: Path) -> Iterator[Rig]:
+    image = tmp_path / "disk.img"
+    with image.open("wb") as file:
+        file.truncate(SIZE_BYTES)
+        file.seek(SIZE_BYTES // 4)
+        file.write(Random(1).randbytes(SIZE_BYTES // 2))
+    rig = Rig(env, image)
+    yield rig
+    rig.close()
+
+
+@pytest.fixture
+def script() -> Iterator[Script]:
+    script = Script()
+    yield script
+    script.close()
+
+
+def lost_blocks(rig: Rig, memory: bytearray) -> list[int]:
+    """The blocks that differ at the replica and are not dirty."""
+    image = rig.image.read_bytes()
+    with rig.log() as log:
+        dirty = [range(start, start + length) for start, length in log.peek()]
+    return [start for start in range(0, SIZE_BYTES, BLOCK_BYTES)
+            if image[start : start + BLOCK_BYTES] != memory[start : start + BLOCK_BYTES]
+            and not any(start in extent for extent in dirty)]
+
+
+@pytest.mark.parametrize("answered", [False, True])
+@pytest.mark.parametrize(("kind", "options"), [
+    (Hello, []), (Data, []), (Zero, []), (Barrier, []), (Verify, ["--verify"]), (Release, ["--keep-running"]),
+    (Promote, []),
+])
+def test_killed_at_a_step(
+    rig: Rig, script: Script, monkeypatch: pytest.MonkeyPatch, kind: type[Any], options: list[str], answered: bool
+) -> None:
+    """Before the step is answered, or right after, while the guest writes to what was just sent."""
+    play, answer = script._play, script._answer
+    due: list[Message] = []
+    command = [sys.executable, "-m", "writelog.sync", "--run-dir", str(rig.env.run_dir), *options, "vm1",
+               script.endpoint]
+    with rig.guest() as guest, subprocess.Popen(command, stdout=subprocess.DEVNULL) as sync:
+
+        def meddle(message: Message, payload: Any) -> Message | None:
+            if isinstance(message, kind):
+                due.append(message)
+                return play(message, payload) if answered else None
+            if isinstance(message, Data | Zero) and guest.in_flight < 200:
+                guest.submit(NBD_CMD_WRITE, message.offset, 512, b"\xaa" * 512)
+            return play(message, payload)
+
+        def answer_and_kill(peer: bytes, message: Message | bytes | None) -> None:
+            answer(peer, message)
+            if due:
+                sync.kill()
+
+        monkeypatch.setattr(script, "_play", meddle)
+        monkeypatch.setattr(script, "_answer", answer_and_kill)
+        assert sync.wait(WAIT_S) in (-signal.SIGKILL, 0 if answered else -signal.SIGKILL)
+        assert due
+        if kind is Promote:
+            assert rig.info()["fenced"]
+            assert not rig.guest_goes_on()
+            assert rig.image.read_bytes() == script.memory
+            return
+        while guest.in_flight:
+            guest.wait()
+    for _ in range(500):
+        if rig.info()["holder"] is None:
+            break
+        threading.Event().wait(0.01)
+    assert rig.info()["fenced"] is None
+    assert rig.guest_goes_on()
+    if kind is not Hello:
+        assert lost_blocks(rig, script.memory) == []
