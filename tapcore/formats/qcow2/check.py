@@ -8,7 +8,6 @@ from __future__ import annotations
 import errno
 import os
 from array import array
-from dataclasses import dataclass, field
 from typing import Final
 
 from tapcore.driver import OpenFlag
@@ -38,27 +37,10 @@ from tapcore.formats.qcow2.layout import (
 from tapcore.formats.qcow2.load import load_header, load_refcounts
 from tapcore.formats.qcow2.mapping import Mapping
 from tapcore.formats.qcow2.refcounts import RefcountBlock, Refcounts, clusters_of
+from tapcore.formats.tools import Report
 
-MAX_MESSAGES: Final = 100
 MAX_TABLES_AT_ONCE: Final = 1 << 22
 """References to metadata that one check follows; more are taken for tables that lead to each other."""
-
-
-@dataclass
-class Report:
-    """`errors` endanger data; `leaks` are clusters in use by nothing. `messages` are the first of both."""
-
-    errors: int = 0
-    leaks: int = 0
-    messages: list[str] = field(default_factory=list)
-
-    def add(self, message: str, *, leak: bool = False) -> None:
-        if leak:
-            self.leaks += 1
-        else:
-            self.errors += 1
-        if len(self.messages) < MAX_MESSAGES:
-            self.messages.append(message)
 
 
 def check(path: str) -> Report:

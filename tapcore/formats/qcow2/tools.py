@@ -1,0 +1,67 @@
+"""qcow2: the tools."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from tapcore.driver import OpenFlag
+from tapcore.errors import UsageError
+from tapcore.formats.imagefile import ImageFile
+from tapcore.formats.probe import FORMATS
+from tapcore.formats.qcow2.check import check
+from tapcore.formats.qcow2.create import create
+from tapcore.formats.qcow2.layout import COMPRESSIONS, LAZY_REFCOUNTS
+from tapcore.formats.qcow2.load import load_header
+from tapcore.formats.tools import Backing, ImageTools, Report
+from tapcore.params import size_bytes as parse_size
+from tapcore.params import whole
+
+
+class Qcow2Tools(ImageTools):
+    name = "qcow2"
+    qemu_name = "qcow2"
+    options: ClassVar[Mapping[str, str]] = {
+        "version": "2, or 3 (the default)",
+        "cluster_size": "512 to 2M (64K)",
+        "refcount_bits": "1, 2, 4, 8, 16, 32 or 64 (16)",
+        "lazy_refcounts": "on or off (off)",
+        "compression": "zlib or zstd, of clusters that are written compressed (zlib)",
+    }
+
+    @classmethod
+    def create(
+        cls, path: str, size_bytes: int, *, backing: Backing | None = None,
+        options: Mapping[str, str] | None = None,
+    ) -> None:
+        options = options or {}
+        cluster_bytes = parse_size("cluster_size", options.get("cluster_size", "64K"))
+        if cluster_bytes & (cluster_bytes - 1) or not cluster_bytes:
+            raise UsageError(f"cluster_size {cluster_bytes} is not a power of two")
+        lazy = options.get("lazy_refcounts", "off")
+        if lazy not in ("on", "off"):
+            raise UsageError(f"lazy_refcounts {lazy!r} is neither on nor off")
+        names = {driver: name for name, driver in reversed(FORMATS.items())}
+        create(
+            path, size_bytes,
+            backing=backing.path if backing else None, backing_format=names[backing.driver] if backing else None,
+            version=whole("version", options.get("version", "3")), cluster_bits=cluster_bytes.bit_length() - 1,
+            refcount_bits=whole("refcount_bits", options.get("refcount_bits", "16")), lazy_refcounts=lazy == "on",
+            compression=options.get("compression", "zlib"))
+
+    @classmethod
+    def check(cls, path: str, *, repair: bool = False) -> Report:
+        return check(path)
+
+    @classmethod
+    def describe(cls, path: str) -> dict[str, Any]:
+        file = ImageFile.open(path, OpenFlag.RDONLY | OpenFlag.QUERY)
+        try:
+            header = load_header(file)
+        finally:
+            file.close()
+        return {
+            "version": header.version, "cluster_bytes": header.cluster_bytes,
+            "refcount_bits": 1 << header.refcount_order, "compression": COMPRESSIONS[header.compression_type],
+            "lazy_refcounts": bool(header.compatible_features & LAZY_REFCOUNTS), "snapshots": header.nb_snapshots,
+        }
