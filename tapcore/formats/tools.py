@@ -89,8 +89,9 @@ class ImageTools:
         raise cls._cannot(path, "change the backing of")
 
     @classmethod
-    def resize(cls, path: str, size_bytes: int) -> None:
-        """Give the disk another size; what is added reads as zeroes."""
+    def resize(cls, path: str, size_bytes: int, *, shrink: bool = False) -> None:
+        """Give the disk another size; what is added reads as zeroes, what is behind a smaller size is given up.
+        UsageError for a smaller size without `shrink`."""
         raise cls._cannot(path, "resize")
 
     @classmethod
