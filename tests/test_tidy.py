@@ -14,7 +14,7 @@ from tapcore.driver import Driver, find_driver
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("tapcore", "writelog")
 SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
-TREE = [*SOURCES, *sorted((ROOT / "tests").rglob("*.py")), *sorted((ROOT / "tools").glob("*.py"))]
+TREE = [*SOURCES, *sorted((ROOT / "tests").rglob("*.py")), *sorted((ROOT / "tools").rglob("*.py"))]
 
 MAX_FUNCTION_LINES = 70
 MAX_FILE_LINES = 500

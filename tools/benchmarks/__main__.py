@@ -1,0 +1,68 @@
+"""Ours and its peers by turns on the same image, medians, and ratios.
+
+The servers of a row are measured one after the other, and that again for each repetition, so that what the
+machine does meanwhile hits all of them. A ratio is ours to the best peer's: 1.5 means half as good again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import tempfile
+from pathlib import Path
+
+from tools.benchmarks import logscan, nbd, report
+
+LOG_ROWS = "log: peek, take"
+
+EPILOG = """\
+examples:
+  tools/bench --quick --rows raw:
+  tools/bench --rows qcow2 --repeat 5 --json bench.json
+"""
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="tools/bench", description=__doc__, epilog=EPILOG,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one short repetition of each")
+    parser.add_argument("--rows", default="", metavar="TEXT", help="only rows that have this in their name")
+    parser.add_argument("--list", action="store_true", help="name the rows")
+    parser.add_argument("--repeat", type=int, default=3, help="repetitions (default 3)")
+    parser.add_argument("--seconds", type=float, default=3.0, help="of one measurement (default 3)")
+    parser.add_argument("--size-mib", type=int, default=1024, help="size of the disk (default 1024)")
+    parser.add_argument("--folder", type=Path, default=Path("/dev/shm"), help="where images are (default tmpfs)")
+    parser.add_argument("--disk-folder", type=Path, default=Path("/var/tmp"),
+                        help="where images of the direct rows are: on a real disk (default /var/tmp)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file")
+    options = parser.parse_args()
+    if options.quick:
+        options.repeat, options.seconds, options.size_mib = 1, 1.0, 256
+    return options
+
+
+def main() -> None:
+    options = parse_arguments()
+    names = [*(row.name for row in nbd.ROWS), LOG_ROWS]
+    if options.list:
+        print("\n".join(names))
+        return
+    if not any(options.rows in name for name in names):
+        raise SystemExit(f"no row has {options.rows!r} in its name; --list names them")
+    rows = [row for row in nbd.ROWS if options.rows in row.name]
+    folders = [Path(tempfile.mkdtemp(prefix="writelog-bench-", dir=folder))
+               for folder in (options.folder, options.disk_folder)]
+    try:
+        outcomes = nbd.measure(rows, options, *folders)
+    finally:
+        for folder in folders:
+            shutil.rmtree(folder)
+    if options.rows in LOG_ROWS:
+        outcomes += logscan.measure(options.repeat)
+    report.show(outcomes)
+    if options.json:
+        report.write_json(options.json, outcomes)
+
+
+if __name__ == "__main__":
+    main()
