@@ -27,7 +27,7 @@ tapcore.request tapcore.loop tapcore.rundir tapcore.params tapcore.workers tapco
  writelog.bitmap writelog.control writelog.ring writelog.dirtymap writelog.wire writelog.plan writelog.shm
 tapcore.driver tapcore.writewatch tapcore.rawfile tapcore.imagelock tapcore.directio tapcore.formats \
  tapcore.drivers tapcore.nbd.link tapcore.nbd.remote tapcore.nbd.fit writelog.logstore \
- writelog.logstream writelog.logconn writelog.server writelog.client
+ writelog.logstream writelog.logexport writelog.logconn writelog.server writelog.client
 tapcore.chain
 tapcore.vbd
 tapcore.nbd tapcore.control tapcore.control_server

@@ -28,6 +28,7 @@ import os
 import select
 import socket
 import time
+from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -58,7 +59,7 @@ from writelog.control import (
     decode_shmp_reply,
 )
 from writelog.ring import FrontRing
-from writelog.shm import DATA_BYTES, DISK_RANGE, RESULT, RESULT_OFFSET, Region
+from writelog.shm import DATA_BYTES, DISK_RANGE, MAX_LISTED, RESULT, RESULT_OFFSET, Region
 
 DEFAULT_TIMEOUT_S = 30.0
 PIECE_BYTES = 256 << 10
@@ -167,6 +168,39 @@ class LogClient:
         message = Message(GET, Version.LEASES, GetOp.TAKE, lease)
         result, next_offset = self._look(message, offset, offset + length if length else None)
         return Taken(result["lease"], self._exported(result["count"]), next_offset)
+
+    def get_listed(self, ranges: list[tuple[int, int]]) -> Taken:
+        """Take what is dirty of the ranges (offset, length) into a new lease. They are ascending, and no two touch
+        the same block."""
+        assert ranges
+        lease, cursor = 0, 0
+        extents: list[tuple[int, int]] = []
+        for start in range(0, len(ranges), MAX_LISTED):
+            part = ranges[start : start + MAX_LISTED]
+            while True:
+                words = [word for offset, length in part
+                         for word in (offset // SECTOR_BYTES, length // SECTOR_BYTES)]
+                packed = memoryview(array("Q", words)).cast("B")
+                self._memory().export[: len(packed)] = packed
+                result = self._call(Message(GET, Version.LEASES, GetOp.LISTED, lease, len(part), cursor))
+                lease, cursor = result["lease"], result["next_sector"]
+                extents += self._exported(result["count"])
+                if not cursor:
+                    break
+        return Taken(lease, extents, None)
+
+    def touched(self) -> bitarray:
+        """The chunks of CHUNK_BYTES that were written to since the last call, a bit each; the first one, of none,
+        begins the watching."""
+        bits = bitarray(endian="little")
+        sector = 0
+        while True:
+            result = self._call(Message(PEEK, Version.LEASES, PeekOp.TOUCHED, 0, 0, sector))
+            part = bitarray(bytes(self._memory().export[: (result["count"] + 7) // 8]), endian="little")
+            bits += part[: result["count"]]
+            sector = result["next_sector"]
+            if sector == 0:
+                return bits
 
     def commit(self, lease: int, offset: int = 0, length: int = 0) -> None:
         """The data of the lease's blocks that lie in [offset, offset + length) entirely is safe: forget them.

@@ -13,9 +13,15 @@ original's, whatever follows; 1 makes it a version 1 message:
 | `peek` BITMAP  | 0     | as above          | as above; on | one bit a block in the export area, bit 0 of byte 0 |
 |                |       |                   | 8 blocks     | is the block at `sector`; at most 33,554,432 blocks |
 | `peek` FIGURES | 0     | 0                 | 0            | FIGURES (writelog.shm) is in the export area        |
+| `peek` TOUCHED | 0     | 0                 | where to     | one bit a chunk of 64 KiB in the export area, for   |
+|                |       |                   | start        | the chunks written to since the last such message;  |
+|                |       |                   |              | the first one, of nothing, begins the watching      |
 | `getw` TAKE    | 0: a  | sectors to look   | where to     | dirty extents that no write is in flight to are in  |
 |                | new   | at, 0: to the end | start        | the export area and in the lease; not what a lease  |
 |                | one   |                   |              | holds already                                       |
+| `getw` LISTED  | as    | ranges in the     | which of     | as TAKE, but only of the ranges that the client has |
+|                | above | export area       | them: from   | put into the export area, ascending and apart       |
+|                |       |                   | this sector  |                                                     |
 | `clrw` COMMIT  | which | sectors, 0: all   | where to     | the blocks entirely inside are forgotten; "all"     |
 |                |       | and the lease     | start        | closes the lease                                    |
 | `clrw` RECLAIM | which | as above          | as above     | the blocks touched are dirty again; "all" closes it |
@@ -32,7 +38,8 @@ was full, or 0 when there is nothing more.
 
 A lease belongs to its connection: what is not committed when the connection ends is dirty again. A connection that
 has sent a version 1 `getw` or `clrw` holds the log until it ends: meanwhile those of others, also the original's,
-are answered `fail` (EBUSY), since what they took or cleared the holder would miss. All may `peek` and read.
+are answered `fail` (EBUSY), since what they took or cleared the holder would miss. All may `peek` and read,
+but only one may watch, until it ends (EBUSY).
 """
 
 from __future__ import annotations
@@ -72,10 +79,12 @@ class PeekOp(IntEnum):
     EXTENTS = 0
     BITMAP = 1
     FIGURES = 2
+    TOUCHED = 3
 
 
 class GetOp(IntEnum):
     TAKE = 0
+    LISTED = 1
 
 
 class ClearOp(IntEnum):

@@ -14,6 +14,8 @@ A block is clean, dirty, leased, or leased and dirty again:
   the newer one. So the leases are disjoint, and a block has one version under way at a time.
 - CLEAR, which empties the log unseen, also leaves in-flight and leased blocks alone.
 - `peek` shows dirty and leased blocks: what is leased is not confirmed anywhere yet.
+- While somebody `watch`es, each write also sets the bits of the chunks it touches in a third bitmap. It says what
+  is written *again*, which a dirty bit cannot.
 
 The bits of leased blocks are in a second bitmap beside the dirty one, in the same memory that outlives the
 process: whoever attaches after a crash takes them for dirty. Each change sets the bit that keeps a block before it
@@ -25,16 +27,20 @@ byte-aligned (see `writelog.bitmap`), and a `peek` or `take` costs the loop a fr
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 
 from bitarray import bitarray
 from bitarray.util import any_and, zeros
 
 from tapcore.errors import LogError
-from writelog.bitmap import SECTOR_BYTES, Bitmap, runs
+from writelog.bitmap import SECTOR_BYTES, Bitmap, bitmap_bytes, runs
 
 WINDOW_BLOCKS = 1 << 20
 """Blocks looked at in one go: 128 KiB of each bitmap. A multiple of 8; one window is below 2^32 sectors."""
+
+CHUNK_BYTES = 64 << 10
+"""What one bit of the watched writes stands for."""
 
 MAX_LEASE_ID = 0xFFFF
 """An id has 16 bits on the wire; 0 means none."""
@@ -77,6 +83,28 @@ class Lease:
                 del self.windows[number]
 
 
+class Wanted:
+    """Runs of blocks [first, stop), ascending and apart, to which a `take` is to be confined."""
+
+    def __init__(self, ranges: list[tuple[int, int]]) -> None:
+        self._firsts = [first for first, _ in ranges]
+        self._stops = [stop for _, stop in ranges]
+
+    def span(self, start: int, stop: int) -> tuple[int, int]:
+        """From the first wanted block to the last, of the blocks [start, stop); empty if there is none."""
+        low, high = bisect_right(self._stops, start), bisect_left(self._firsts, stop)
+        if low >= high:
+            return stop, stop
+        return max(start, self._firsts[low]), min(stop, self._stops[high - 1])
+
+    def mask(self, start: int, stop: int) -> bitarray:
+        """A bit for each of the blocks [start, stop)."""
+        bits = zeros(stop - start, "little")
+        for index in range(bisect_right(self._stops, start), bisect_left(self._firsts, stop)):
+            bits[max(self._firsts[index] - start, 0) : self._stops[index] - start] = 1
+        return bits
+
+
 class DirtyMap:
     """The state above over two bitmaps of the same disk. What `taken` holds at first is dirty."""
 
@@ -90,10 +118,30 @@ class DirtyMap:
         """(offset, length) in bytes of every write that has not ended, by whatever names it. Who submits a write
         marks `dirty` first, then enters it here if it is under way, and removes it when it has ended, well or not.
         """
+        self.mark = dirty.mark
+        """What a write calls with its offset and length when it is submitted."""
         self.leases: dict[int, Lease] = {}
+        self._touched: Bitmap | None = None
         self._last_lease_id = 0
         dirty.bits |= taken.bits
         taken.bits.setall(0)
+
+    def watch(self) -> Bitmap:
+        """The chunks that are written to, from the first call on; the caller clears what it has seen."""
+        if self._touched is None:
+            size_bytes = self.dirty.size_bytes
+            self._touched = Bitmap(bytearray(bitmap_bytes(size_bytes, CHUNK_BYTES)), size_bytes, CHUNK_BYTES)
+            self.mark = self._mark_watched
+        return self._touched
+
+    def unwatch(self) -> None:
+        self._touched = None
+        self.mark = self.dirty.mark
+
+    def _mark_watched(self, offset: int, length: int) -> None:
+        assert self._touched is not None
+        self.dirty.mark(offset, length)
+        self._touched.mark(offset, length)
 
     def peek(self, start: int, stop: int, limit: int) -> tuple[list[int], int]:
         """Runs of dirty or leased blocks from block `start` on, at most `limit`, not past `stop` or one window.
@@ -108,12 +156,16 @@ class DirtyMap:
         seen = self.dirty.view(low, high) | self.taken.view(low, high)
         return self._runs(seen, low, start, end, limit)
 
-    def take(self, lease: Lease, start: int, stop: int, limit: int) -> tuple[list[int], int]:
-        """Move what may be taken from block `start` on to `lease`, within the bounds of `peek`; returns what it
-        moved as `peek` does."""
-        end = min(stop, (start // WINDOW_BLOCKS + 1) * WINDOW_BLOCKS)
+    def take(
+        self, lease: Lease, start: int, stop: int, limit: int, wanted: Wanted | None = None
+    ) -> tuple[list[int], int]:
+        """Move what may be taken from block `start` on to `lease`, within the bounds of `peek`, and of `wanted`;
+        returns what it moved as `peek` does."""
+        window_end = end = min(stop, (start // WINDOW_BLOCKS + 1) * WINDOW_BLOCKS)
+        if wanted is not None:
+            start, end = wanted.span(start, end)
         if self.dirty.bits.find(1, start, end) < 0:
-            return [], end
+            return [], window_end
         low, high = start & ~7, (end + 7) & ~7
         dirty, taken = self.dirty.view(low, high), self.taken.view(low, high)
         mask = bitarray(dirty)
@@ -121,6 +173,8 @@ class DirtyMap:
             mask &= ~taken
         for first, after in self._blocks_in_flight():
             mask[max(first - low, 0) : max(after - low, 0)] = 0
+        if wanted is not None:
+            mask &= wanted.mask(low, high)
         found, following = self._runs(mask, low, start, end, limit)
         if found:
             mask[: start - low] = 0
@@ -128,7 +182,7 @@ class DirtyMap:
             taken |= mask
             lease.add(low, mask)
             dirty &= ~mask
-        return found, following
+        return found, window_end if following == end else following
 
     def open_lease(self) -> Lease:
         """A new lease that holds nothing; LogError when every id is in use."""

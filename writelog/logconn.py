@@ -11,10 +11,9 @@ import errno
 import logging
 import socket
 import time
-from array import array
 from collections import deque
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -35,19 +34,19 @@ from writelog.control import (
     ClearOp,
     Decoder,
     Figures,
+    GetOp,
     Message,
     PeekOp,
     Version,
     encode_shmp_reply,
 )
 from writelog.dirtymap import WINDOW_BLOCKS, DirtyMap, Lease
+from writelog.logexport import export_ranges, export_touched, listed
 from writelog.ring import BackRing, Extent, is_valid
 from writelog.shm import (
     COOKIE,
     COOKIE_WORD,
-    DISK_RANGE,
     EXPORT_BYTES,
-    MAX_RANGES,
     Region,
     region_name,
     unlink_shared,
@@ -57,9 +56,6 @@ logger = logging.getLogger(__name__)
 
 TURN_S = 0.002
 """Time that one client's messages get of one turn of the loop."""
-STEP_RANGES = 4096
-"""Ranges looked for between two looks at the clock."""
-MAX_RANGE_SECTORS = 0xFFFFFFFF
 MAX_LEASES = 64
 """Open leases of one connection."""
 MAX_UNSENT_BYTES = 4096
@@ -82,6 +78,8 @@ class LogContext:
     generation: int
     holder: Connection | None = None
     """The one that has taken or filled by a version 1 message: until it ends, others only look."""
+    watcher: Connection | None = None
+    """The one for which written chunks are noted down."""
     connections: set[Connection] = field(default_factory=set)
     """All that still have a client or reads in flight."""
     reads: int = 0
@@ -148,6 +146,9 @@ class Connection:
         self._leases.clear()
         if self._context.holder is self:
             self._context.holder = None
+        if self._context.watcher is self:
+            self._context.watcher = None
+            self._map.unwatch()
         if self._region is not None:
             unlink_shared(self._region.name)
         self._release_if_idle()
@@ -293,11 +294,11 @@ class Connection:
         before, nothing is lost."""
         blocks = self._map.blocks
         if message.command == PEEK:
-            yield from _export(region, self._map.peek, 0, blocks)
+            yield from export_ranges(region, self._map.peek, 0, blocks)
         elif message.command == GET:
             lease = self._map.open_lease()
             try:
-                yield from _export(region, partial(self._map.take, lease), 0, blocks)
+                yield from export_ranges(region, partial(self._map.take, lease), 0, blocks)
                 self._map.commit(lease, 0, blocks)
             finally:
                 self._map.close_lease(lease)
@@ -313,14 +314,18 @@ class Connection:
             region.put_result()
         elif message.command == PEEK and message.op == PeekOp.BITMAP:
             yield from self._export_bitmap(message, region)
+        elif message.command == PEEK and message.op == PeekOp.TOUCHED:
+            self._watch_chunks(message, region)
         elif message.command == PEEK:
             start, stop = self._range(message)
-            count, following = yield from _export(region, self._map.peek, start, stop)
+            count, following = yield from export_ranges(region, self._map.peek, start, stop)
             region.put_result(count=count, next_sector=self._cursor(following, stop))
         elif message.command == GET:
-            start, stop = self._range(message)
+            wanted = listed(self._map, message.count, region) if message.op == GetOp.LISTED else None
+            start, stop = self._range(message if wanted is None else replace(message, count=0))
             lease = self._lease(message.lease) if message.lease else self._open_lease()
-            count, following = yield from _export(region, partial(self._map.take, lease), start, stop)
+            step = partial(self._map.take, lease, wanted=wanted)
+            count, following = yield from export_ranges(region, step, start, stop)
             region.put_result(lease=lease.id, count=count, next_sector=self._cursor(following, stop))
         elif message.op == ClearOp.FILL:
             self._map.dirty.fill()
@@ -350,6 +355,13 @@ class Connection:
             self._map.copy_bits(first, last, region.export[(first - start) >> 3 :])
             yield
         region.put_result(count=end - start, next_sector=self._cursor(end, stop))
+
+    def _watch_chunks(self, message: Message, region: Region) -> None:
+        if self._context.watcher not in (None, self):
+            raise LogError("another client watches the log", errno=errno.EBUSY)
+        count, next_sector = export_touched(self._map, message.sector, region)
+        self._context.watcher = self
+        region.put_result(count=count, next_sector=next_sector)
 
     def _range(self, message: Message) -> tuple[int, int]:
         """The blocks that a message asks about."""
@@ -447,28 +459,3 @@ class Connection:
             self._kick_unsent_bytes = len(self._unsent)
         self._send()
         self._watch()
-
-
-def _export(
-    region: Region, step: Callable[[int, int, int], tuple[list[int], int]], start: int, stop: int
-) -> Generator[None, None, tuple[int, int]]:
-    """Fill the export area with the ranges that `step` (`peek` or `take` of a DirtyMap) finds in the blocks
-    [start, stop). Returns how many they are, and the block to go on from when the area is full."""
-    area = region.export
-    ranges = 0
-    last_sector = last_count = 0
-    while start < stop and ranges < MAX_RANGES:
-        found, start = step(start, stop, min(STEP_RANGES, MAX_RANGES - ranges))
-        if found and ranges and found[0] == last_sector + last_count \
-                and last_count + found[1] <= MAX_RANGE_SECTORS:
-            ranges -= 1
-            found[0], found[1] = last_sector, last_count + found[1]
-        if found:
-            last_sector, last_count = found[-2:]
-            at = ranges * DISK_RANGE.size
-            ranges += len(found) // 2
-            area[at : ranges * DISK_RANGE.size] = memoryview(array("Q", found)).cast("B")
-        yield
-    if ranges < MAX_RANGES:
-        DISK_RANGE.pack_into(area, ranges * DISK_RANGE.size, sector=0, count=0)
-    return ranges, start

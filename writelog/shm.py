@@ -39,6 +39,8 @@ COOKIE = 0xDEADBEEF
 
 DISK_RANGE = Layout("disk_range", "<", "sector:Q count:I :4x", size=16)
 MAX_RANGES = EXPORT_BYTES // DISK_RANGE.size
+MAX_LISTED = 4096
+"""Ranges that a client can ask for in one message."""
 COOKIE_WORD = Layout("cookie", "<", "cookie:I", size=4)
 
 RESULT_OFFSET = RING_OFFSET + 16

@@ -70,7 +70,6 @@ class Log(Filter):
             raise
         self._store = store
         self._map = store.map
-        self._mark = store.map.dirty.mark
         self._next_write = self.next.queue_write
 
     def close(self) -> None:
@@ -84,7 +83,7 @@ class Log(Filter):
         finally:
             server = None
             if store is not None:
-                del self._map, self._mark
+                del self._map
                 store.close()
 
     def queue_write(self, request: Request) -> bool:
@@ -100,7 +99,7 @@ class Log(Filter):
         """Mark, then pass on; a request that stays under way is in flight until its `done` is called. The hook is
         set first, so that it comes after those of the levels below, when they are through with the request."""
         offset, length, done = request.offset, request.length, request.done
-        self._mark(offset, length)
+        self._map.mark(offset, length)
         request.done = self._done_hook
         if verb(request):
             request.done = done

@@ -18,6 +18,7 @@ from tapcore.driver import Env
 from tapcore.errors import LogError
 from writelog.client import PIECE_BYTES, LogClient, _Space
 from writelog.control import encode_shmp_reply
+from writelog.dirtymap import CHUNK_BYTES
 from writelog.ring import SLOTS
 from writelog.shm import DATA_BYTES, Region, unlink_shared
 
@@ -64,6 +65,36 @@ def test_the_round_of_a_copy(rig: Rig, client: LogClient) -> None:
     with pytest.raises(LogError, match="refused clrw") as refused:
         client.commit(taken.lease)
     assert refused.value.errno == errno.ENOENT
+
+
+def test_ranges_of_the_disk(rig: Rig, client: LogClient) -> None:
+    client.fill()
+    ranges = [(number * 2 * BLOCK, BLOCK) for number in range(2, 2048, 3)]
+    taken = client.get_listed(ranges)
+    assert (taken.extents, taken.next_offset) == (ranges, None)
+    assert rig.leased() == [offset // BLOCK for offset, _ in ranges]
+    assert client.get_listed([(0, 16 * MIB)]).extents[0] == (0, 4 * BLOCK)
+    client.commit(taken.lease)
+    for wrong in ([(BLOCK, BLOCK), (0, BLOCK)], [(0, BLOCK), (512, BLOCK)], [(16 * MIB, BLOCK)], [(0, 0)]):
+        with pytest.raises(LogError, match="refused getw"):
+            client.get_listed(wrong)
+
+
+def test_what_is_written_while_watched(rig: Rig, client: LogClient) -> None:
+    rig.write(0, b"early")
+    assert client.touched().count() == 0
+    rig.write(CHUNK_BYTES - 1, b"two")
+    rig.write(16 * MIB - 512, b"last" * 128)
+    with rig.client() as other, pytest.raises(LogError, match="holds the log"):
+        other.touched()
+    bits = client.touched()
+    assert len(bits) == 16 * MIB // CHUNK_BYTES
+    assert list(bits.search(1)) == [0, 1, len(bits) - 1]
+    assert client.touched().count() == 0
+    client.close()
+    rig.loop_thread.until(lambda: rig.log.figures().clients == 0)
+    with rig.client() as other:
+        assert other.touched().count() == 0
 
 
 def test_parts_of_the_disk(rig: Rig, client: LogClient) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from writelog.bitmap import Bitmap, bitmap_bytes
-from writelog.dirtymap import MAX_LEASE_ID, WINDOW_BLOCKS, DirtyMap, Lease
+from writelog.dirtymap import CHUNK_BYTES, MAX_LEASE_ID, WINDOW_BLOCKS, DirtyMap, Lease, Wanted
 
 BLOCK = 4096
 
@@ -168,10 +168,12 @@ class TakesInFlight(DirtyMap):
 
 
 class TakesLeased(DirtyMap):
-    def take(self, lease: Lease, start: int, stop: int, limit: int) -> tuple[list[int], int]:
+    def take(
+        self, lease: Lease, start: int, stop: int, limit: int, wanted: Wanted | None = None
+    ) -> tuple[list[int], int]:
         leased = self.taken.bits.copy()
         self.taken.bits.setall(0)
-        taken = super().take(lease, start, stop, limit)
+        taken = super().take(lease, start, stop, limit, wanted)
         self.taken.bits |= leased
         return taken
 
@@ -232,14 +234,18 @@ class Oracle(RuleBasedStateMachine):
         self.leases[self.map.open_lease().id] = set()
 
     @precondition(lambda self: self.leases)
-    @rule(data=st.data(), first=blocks, count=counts, limit=st.integers(1, 4))
-    def take(self, data: st.DataObject, first: int, count: int, limit: int) -> None:
+    @rule(data=st.data(), first=blocks, count=counts, limit=st.integers(1, 4),
+          cuts=st.none() | st.lists(blocks, unique=True, min_size=2))
+    def take(self, data: st.DataObject, first: int, count: int, limit: int, cuts: list[int] | None) -> None:
         lease = data.draw(st.sampled_from(sorted(self.leases)))
         stop = min(first + count, 100)
-        found, following = self.map.take(self.map.leases[lease], first, stop, limit)
+        ranges = list(zip(sorted(cuts)[::2], sorted(cuts)[1::2], strict=False)) if cuts is not None else [(0, 100)]
+        wanted = None if cuts is None else Wanted(ranges)
+        found, following = self.map.take(self.map.leases[lease], first, stop, limit, wanted)
         leased = set().union(*self.leases.values())
         busy: set[int] = set().union(*self.in_flight.values())
         may = (self.dirty - leased - busy) & set(range(first, following))
+        may &= {block for low, high in ranges for block in range(low, high)}
         taken = {block for sector, sectors in zip(found[::2], found[1::2], strict=True)
                  for block in range(sector // 8, (sector + sectors) // 8)}
         assert taken == may
@@ -291,6 +297,19 @@ TestOracle.settings = settings(max_examples=60, stateful_step_count=40, deadline
 
 
 # Single rules
+
+def test_watched_writes_touch_their_chunks() -> None:
+    dirty_map = make(100)
+    dirty_map.mark(0, BLOCK)
+    touched = dirty_map.watch()
+    assert not touched.bits.any()
+    dirty_map.mark(3 * CHUNK_BYTES - 1, 2)
+    assert list(touched.bits.search(1)) == [2, 3]
+    assert list(dirty_map.dirty.bits.search(1)) == [0, 47, 48]
+    dirty_map.unwatch()
+    dirty_map.mark(0, BLOCK)
+    assert list(touched.bits.search(1)) == [2, 3]
+
 
 def test_fault_3_a_write_in_flight_stays_in_the_log() -> None:
     dirty_map = make(4)

@@ -8,7 +8,7 @@ from functools import partial
 from tools.benchmarks.outcome import OURS, Outcome
 from writelog.bitmap import Bitmap, bitmap_bytes
 from writelog.dirtymap import DirtyMap
-from writelog.logconn import STEP_RANGES
+from writelog.logexport import STEP_RANGES
 
 SHARES = (0.0001, 0.001, 0.01)
 
