@@ -42,8 +42,8 @@ PURE = [
     "tapcore.nbd.replies", "tapcore.nbd.client_codec", "tapcore.nbd.reply_decoder", "tapcore.nbd.fit",
     "writelog.wire", "writelog.plan", "writelog.ring",
     "writelog.control", "writelog.dirtymap", "writelog.bitmap", "tapcore.formats.extents",
-    "tapcore.formats.qcow2.layout", "tapcore.formats.qcow2.mapping", "tapcore.formats.qcow2.packed",
-    "tapcore.formats.qcow2.refcounts",
+    "tapcore.formats.tables", "tapcore.formats.qcow2.layout", "tapcore.formats.qcow2.mapping",
+    "tapcore.formats.qcow2.packed", "tapcore.formats.qcow2.refcounts",
 ]
 """Codecs and algorithms: bytes or state in, bytes or decisions out."""
 IMPURE_IMPORTS = {"socket", "zmq", "posix_ipc", "select", "threading", "subprocess", "time"}

@@ -21,12 +21,23 @@ class ImageFile(RawFile):
 
     size_unit_bytes: ClassVar[int] = 1
 
+    def read_inline(self, iov: Sequence[memoryview], offset: int, length: int, flags: int) -> bool:
+        """One preadv with `flags` of `quick_read_flags`; False if that did not read all."""
+        try:
+            return os.preadv(self.fd, iov, offset, flags) == length
+        except OSError:
+            return False
+
     def write_inline(self, iov: Sequence[memoryview], offset: int) -> int:
         """One pwritev; the number of bytes that were written, 0 if it failed. Not more than IOV_MAX buffers."""
         try:
             return os.pwritev(self.fd, iov, offset)
         except OSError:
             return 0
+
+    def length_now(self) -> int:
+        """How long the file is. OSError."""
+        return os.lseek(self.fd, 0, os.SEEK_END)
 
     def truncate(self, length: int) -> None:
         """Make the file `length` bytes long (not of a block device). OSError."""

@@ -6,14 +6,13 @@
                       │           PACKED  a worker reads and unpacks
                       └ TableMiss: a worker reads the table, once for all who wait, and they try again
 
-A format derives its driver from `ImageDriver` and adds what changes the image.
+A format that is read alone derives its driver from `ImageDriver`, one that is written too from `WritableDriver`.
 """
 
 from __future__ import annotations
 
 import errno
 import logging
-import os
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -73,13 +72,17 @@ class ImageDriver(Driver):
 
     file_kind: ClassVar[type[ImageFile]] = ImageFile
     file: ImageFile
+    """Where the tables are, and PACKED extents."""
+    data: ImageFile
+    """Where DATA extents are; mostly the same."""
     mapping: Mapping
 
-    def start_reading(self, file: ImageFile, mapping: Mapping) -> None:
+    def start_reading(self, file: ImageFile, mapping: Mapping, data: ImageFile | None = None) -> None:
         self.file = file
+        self.data = data or file
         self.mapping = mapping
-        self._fd = file.fd
-        flags = file.quick_read_flags()
+        self._fd = self.data.fd
+        flags = self.data.quick_read_flags()
         self._reads_inline = flags is not None
         self._read_flags = flags or 0
         self.flights: dict[Flight, int] = {}
@@ -89,6 +92,14 @@ class ImageDriver(Driver):
         self._unpacked: OrderedDict[int, bytes] = OrderedDict()
         self._backing_queued = False
         self._complaints = 0
+
+    def close(self) -> None:
+        self.close_files()
+
+    def close_files(self) -> None:
+        self.file.close()
+        if self.data is not self.file:
+            self.data.close()
 
     # Reading
 
@@ -106,7 +117,8 @@ class ImageDriver(Driver):
         for kind, length, host in extents:
             iov = request.iov if length == request.length else slice_iov(request.iov, at, length)
             if kind == DATA:
-                if request.flags or not self._reads_inline or not self._read_inline(iov, host, length):
+                if (request.flags or not self._reads_inline
+                        or not self.data.read_inline(iov, host, length, self._read_flags)):
                     parts.append((kind, list(iov), host, length, 0))
             elif kind == PACKED:
                 self._read_packed(parts, iov, host, length, (request.offset + at) % self.mapping.unit_bytes)
@@ -121,12 +133,6 @@ class ImageDriver(Driver):
             return False
         request.error = flight.error
         return True
-
-    def _read_inline(self, iov: Sequence[memoryview], host: int, length: int) -> bool:
-        try:
-            return os.preadv(self._fd, iov, host, self._read_flags) == length
-        except OSError:
-            return False
 
     def _read_packed(
         self, parts: list[_Part], iov: Sequence[memoryview], host: int, length: int, skip: int
@@ -165,7 +171,7 @@ class ImageDriver(Driver):
         """In a worker. Returns 0 or an errno."""
         for kind, iov, host, length, skip in parts:
             if kind == DATA:
-                code = self.file.read_padded(iov, host, length)
+                code = self.data.read_padded(iov, host, length)
                 if code:
                     return code
                 continue

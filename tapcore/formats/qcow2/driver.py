@@ -1,21 +1,17 @@
-"""qcow2: the driver: open, the fast paths, flush, close. What is not fast goes to `Writer`, `Durable` and the
-shared reader."""
+"""qcow2: the driver: open and the fast paths. What is not fast goes to the shared reader and writer."""
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
-from collections.abc import Callable
 
 from tapcore.driver import DiskInfo, Feature, ParentId
 from tapcore.errors import ImageError
 from tapcore.formats.extents import TableMiss, from_big_endian
 from tapcore.formats.imagefile import ImageFile
 from tapcore.formats.probe import parent_of
-from tapcore.formats.qcow2.changes import Writer
+from tapcore.formats.qcow2.changes import Qcow2Writer
 from tapcore.formats.qcow2.check import rebuild_refcounts
-from tapcore.formats.qcow2.durable import Durable
 from tapcore.formats.qcow2.layout import (
     AUTOCLEAR_AT,
     COPIED,
@@ -29,16 +25,17 @@ from tapcore.formats.qcow2.layout import (
 from tapcore.formats.qcow2.load import load_header, load_refcounts
 from tapcore.formats.qcow2.mapping import Mapping
 from tapcore.formats.qcow2.refcounts import REFCOUNTS
-from tapcore.formats.reader import ImageDriver
+from tapcore.formats.writable import WritableDriver
 from tapcore.params import path_params
-from tapcore.request import Request, fail
-from tapcore.writewatch import WriteWatch
+from tapcore.request import Request
 
 logger = logging.getLogger(__name__)
 
-class Qcow2Driver(ImageDriver):
+
+class Qcow2Driver(WritableDriver):
     """One qcow2 image."""
 
+    repair_hint = "repair it with qemu-img check -r all"
     mapping: Mapping
 
     def open(self) -> None:
@@ -53,20 +50,16 @@ class Qcow2Driver(ImageDriver):
 
     def _open(self, file: ImageFile) -> None:
         self.header = header = load_header(file)
-        self.distrusted = False
-        self._writable = not file.read_only
-        if self._writable:
+        if not file.read_only:
             header = self.header = _prepare_for_writing(file, header)
         l1 = from_big_endian("Q", file.load(header.l1_table_offset, 8 * header.l1_size, "the L1 table"))
         mapping = Mapping(header, l1)
         mapping.file_bytes = -(-file.size_bytes // header.cluster_bytes) * header.cluster_bytes
         self.start_reading(file, mapping)
-        self.watch = WriteWatch()
-        if self._writable:
+        if not file.read_only:
             self.refcounts = load_refcounts(file, header)
             self.refcounts.protect(entry & OFFSET_MASK for entry in l1)
-            self.durable = Durable(self, header.l1_table_offset)
-            self._writer = Writer(self)
+            self.start_writing(Qcow2Writer(self))
         features = Feature.FLUSH | Feature.DISCARD | Feature.ZEROES | Feature.FAST_ZEROES | Feature.STATUS
         self.info = DiskInfo(header.size, features, preferred_block_bytes=header.cluster_bytes,
                              read_only=file.read_only)
@@ -77,28 +70,11 @@ class Qcow2Driver(ImageDriver):
         assert self.path is not None
         return parent_of(self.path, self.header.backing_file, self.header.backing_format)
 
-    def close(self) -> None:
-        """ImageError if the last changes cannot be written; the file is closed all the same."""
-        try:
-            if self._writable:
-                self._make_whole()
-                self.durable.finish()
-        finally:
-            self.file.close()
-
-    def _make_whole(self) -> None:
+    def closing(self) -> None:
         """The file ends with a whole cluster."""
         end = self.refcounts.fresh_from << self.header.cluster_bits
-        if not self.file.is_device and os.fstat(self.file.fd).st_size < end and not self.distrusted:
+        if not self.file.is_device and self.file.length_now() < end:
             self.file.truncate(end)
-
-    def distrust(self, error: ImageError) -> None:
-        """The image's tables contradict each other: change nothing more."""
-        self.log_damage(error)
-        if not self.distrusted:
-            self.distrusted = True
-            logger.error("%s: the image is damaged and will not be written any more; repair it with "
-                         "qemu-img check -r all", self.path)
 
     # Verbs
 
@@ -123,7 +99,7 @@ class Qcow2Driver(ImageDriver):
         mapping = self.mapping
         offset, length = request.offset, request.length
         within = offset & (mapping.unit_bytes - 1)
-        if within + length <= mapping.unit_bytes and not request.flags and self._writable:
+        if within + length <= mapping.unit_bytes and not request.flags and self.writable:
             table = mapping.tables.get(offset >> mapping.table_shift)
             if table is not None:
                 entry = table[offset >> mapping.cluster_bits & mapping.index_mask]
@@ -133,43 +109,13 @@ class Qcow2Driver(ImageDriver):
                     mapping.tables.move_to_end(offset >> mapping.table_shift)
                     if self.file.write_inline(request.iov, host + within) == length:
                         return True
-        return self._change(request, self._writer.write) if self._writable else fail(request, errno.EROFS)
-
-    def queue_flush(self, request: Request) -> bool:
-        if not self._writable:
-            return True
-        self.durable.flush(request)
-        return False
-
-    def queue_discard(self, request: Request) -> bool:
-        return self._change(request, self._writer.change_range) if self._writable else fail(request, errno.EROFS)
-
-    queue_zeroes = queue_discard
-
-    def _change(self, request: Request, verb: Callable[[Request], bool]) -> bool:
-        return fail(request, errno.EIO) if self.distrusted else verb(request)
-
-    def submit(self) -> None:
-        super().submit()
-        self.watch.end_batch()
-        if self._writable:
-            self.durable.submit()
+        return super().queue_write(request)
 
     def install(self, miss: TableMiss, data: bytes) -> None:
         if miss.table == REFCOUNTS:
             self.refcounts.install(miss, data)
         else:
             self.mapping.install(miss, data)
-
-    def landed(self) -> None:
-        if self._writable:
-            self.durable.landed()
-
-    def quiesce(self, done: Callable[[], None]) -> None:
-        if self._writable:
-            self.durable.when_idle(done)
-        else:
-            done()
 
 
 def _prepare_for_writing(file: ImageFile, header: Header) -> Header:

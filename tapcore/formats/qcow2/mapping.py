@@ -8,8 +8,6 @@ Specification: https://www.qemu.org/docs/master/interop/qcow2.html
 from __future__ import annotations
 
 from array import array
-from collections import Counter, OrderedDict
-from itertools import islice
 from typing import Final
 
 from tapcore.errors import ImageError
@@ -24,14 +22,14 @@ from tapcore.formats.qcow2.layout import (
     ZERO_FLAG,
     Header,
 )
+from tapcore.formats.tables import SECTOR_BYTES, Tables
 
 CACHE_BYTES: Final = 32 << 20
 """Of L2 tables: with clusters of 64 KiB, enough for 256 GiB of disk at a time, and with clusters of 512 bytes for
 2 GiB. All tables of one read or write must fit."""
 MIN_CACHED: Final = 16
 
-SECTOR_ENTRIES: Final = 64
-"""Table entries in 512 bytes, the unit in which changed tables are written."""
+SECTOR_ENTRIES: Final = SECTOR_BYTES // 8
 L2: Final = "L2 table"
 
 
@@ -51,13 +49,8 @@ class Mapping:
         """What an entry for plain data has none of."""
         self.file_bytes = 0
         """How long the file is: no entry may point past it."""
-        self.tables: OrderedDict[int, array[int]] = OrderedDict()
-        self.capacity = max(MIN_CACHED, CACHE_BYTES >> header.cluster_bits)
-        self.dirty: dict[int, set[int]] = {}
-        """Changed sectors, by table."""
+        self.tables: Tables[array[int]] = Tables(max(MIN_CACHED, CACHE_BYTES >> header.cluster_bits))
         self.l1_dirty: set[int] = set()
-        self.pins: Counter[int] = Counter()
-        """Tables that changes under way, or a commit, need."""
 
     # Reading
 
@@ -109,9 +102,8 @@ class Mapping:
 
     def table(self, index: int) -> array[int] | None:
         """The L2 table of L1 index `index`, None if there is none. TableMiss; ImageError for a bad L1 entry."""
-        table = self.tables.get(index)
+        table = self.tables.use(index)
         if table is not None:
-            self.tables.move_to_end(index)
             return table
         entry = self.l1[index]
         host = entry & OFFSET_MASK
@@ -128,19 +120,7 @@ class Mapping:
 
     def install(self, miss: TableMiss, data: bytes) -> None:
         if miss.index not in self.tables and self.l1[miss.index] & OFFSET_MASK == miss.host:
-            self.tables[miss.index] = from_big_endian("Q", data)
-            self.make_room()
-
-    def make_room(self) -> None:
-        """Drop what has not been used for long, has no changes and is not needed by anyone."""
-        spare = len(self.tables) - self.capacity
-        if spare <= 0:
-            return
-        newest = next(reversed(self.tables))
-        victims = (index for index in self.tables
-                   if index not in self.pins and index not in self.dirty and index != newest)
-        for index in list(islice(victims, spare)):
-            del self.tables[index]
+            self.tables.put(miss.index, from_big_endian("Q", data))
 
     def packed_place(self, host: int) -> tuple[int, int]:
         return packed.packed_place(host, self.cluster_bits)
@@ -149,11 +129,6 @@ class Mapping:
         return packed.unpack(data, COMPRESSIONS[self.header.compression_type], self.unit_bytes)
 
     # Changing, in memory
-
-    @property
-    def crowded(self) -> bool:
-        """Are there so many changed tables that they should be written?"""
-        return 2 * len(self.dirty) > self.capacity
 
     def is_private(self, index: int) -> bool:
         """May the L2 table be changed in place?"""
@@ -166,8 +141,8 @@ class Mapping:
             self.tables[index] = array("Q", bytes(self.unit_bytes))
         self.l1[index] = host | COPIED
         self.l1_dirty.add(index // SECTOR_ENTRIES)
-        self.dirty[index] = set(range(self.unit_bytes // 512))
-        self.make_room()
+        self.tables.change_all(index, self.unit_bytes // SECTOR_BYTES)
+        self.tables.make_room()
         return former
 
     def set_entry(self, offset: int, entry: int) -> int:
@@ -175,16 +150,5 @@ class Mapping:
         index, at = offset >> self.table_shift, offset >> self.cluster_bits & self.index_mask
         table = self.tables[index]
         former, table[at] = table[at], entry
-        sectors = self.dirty.get(index)
-        if sectors is None:
-            sectors = self.dirty[index] = set()
-        sectors.add(at // SECTOR_ENTRIES)
+        self.tables.change(index, at // SECTOR_ENTRIES)
         return former
-
-    def pin(self, index: int) -> None:
-        self.pins[index] += 1
-
-    def unpin(self, index: int) -> None:
-        self.pins[index] -= 1
-        if not self.pins[index]:
-            del self.pins[index]

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import re
 from array import array
-from collections import Counter, OrderedDict
 from collections.abc import Iterable
-from itertools import islice
 from typing import Final
 
 from tapcore.errors import ImageError
 from tapcore.formats.extents import TableMiss, from_big_endian, to_big_endian
 from tapcore.formats.qcow2.layout import COPIED, OFFSET_MASK, Header
+from tapcore.formats.tables import SECTOR_BYTES, Tables
 from tapcore.layout import Buffer
 
 CACHE_BYTES: Final = 16 << 20
@@ -74,10 +73,10 @@ class RefcountBlock:
         return -1
 
     def sector(self, number: int) -> bytes:
-        """512 bytes of it, as in the file."""
+        """A sector of it, as in the file."""
         if self._wide is None:
-            return bytes(self._narrow[512 * number : 512 * (number + 1)])
-        per_sector = 512 // self._wide.itemsize
+            return bytes(self._narrow[SECTOR_BYTES * number : SECTOR_BYTES * (number + 1)])
+        per_sector = SECTOR_BYTES // self._wide.itemsize
         return to_big_endian(self._wide[per_sector * number : per_sector * (number + 1)])
 
     def tobytes(self) -> bytes:
@@ -104,16 +103,15 @@ class Refcounts:
         self.cluster_bits = header.cluster_bits
         self.cluster_bytes = header.cluster_bytes
         self.per_block = header.refcount_block_entries
-        self.sector_entries = 512 * 8 >> header.refcount_order
+        self.sector_entries = SECTOR_BYTES * 8 >> header.refcount_order
         self.table = table
         self.table_offset = header.refcount_table_offset
         self.table_dirty: set[int] = set()
-        self.moved_from: list[tuple[int, int]] = []
-        """(offset, length) of tables that this one replaced since the header was last written."""
-        self.blocks: OrderedDict[int, RefcountBlock] = OrderedDict()
-        self.capacity = max(MIN_CACHED, CACHE_BYTES >> header.cluster_bits)
-        self.dirty: dict[int, set[int]] = {}
-        self.pins: Counter[int] = Counter()
+        self.moved_from: list[range] = []
+        """Clusters of tables that this one replaced since the last commit."""
+        self.moved = False
+        """The header does not yet say where this table is."""
+        self.blocks: Tables[RefcountBlock] = Tables(max(MIN_CACHED, CACHE_BYTES >> header.cluster_bits))
         self.hint = 0
         """No cluster before this one is free, as far as is known."""
         self.file_end = -(-file_bytes // self.cluster_bytes)
@@ -134,9 +132,8 @@ class Refcounts:
 
     def block(self, index: int) -> RefcountBlock | None:
         """Block `index`, None if there is none. TableMiss; ImageError for a bad table entry."""
-        block = self.blocks.get(index)
+        block = self.blocks.use(index)
         if block is not None:
-            self.blocks.move_to_end(index)
             return block
         host = self.table[index] if index < len(self.table) else 0
         if not host:
@@ -148,24 +145,7 @@ class Refcounts:
     def install(self, miss: TableMiss, data: bytes) -> None:
         if miss.index in self.blocks or self.table[miss.index] != miss.host:
             return
-        self.blocks[miss.index] = RefcountBlock(data, self.order)
-        self.make_room()
-
-    def make_room(self) -> None:
-        """Drop what has not been used for long, has no changes and is not needed by anyone."""
-        spare = len(self.blocks) - self.capacity
-        if spare <= 0:
-            return
-        newest = next(reversed(self.blocks))
-        victims = (index for index in self.blocks
-                   if index not in self.pins and index not in self.dirty and index != newest)
-        for index in list(islice(victims, spare)):
-            del self.blocks[index]
-
-    @property
-    def crowded(self) -> bool:
-        """Are there so many changed blocks that they should be written?"""
-        return 2 * len(self.dirty) > self.capacity
+        self.blocks.put(miss.index, RefcountBlock(data, self.order))
 
     def get(self, cluster: int) -> int:
         """TableMiss, ImageError."""
@@ -175,10 +155,7 @@ class Refcounts:
 
     def _set(self, block: RefcountBlock, index: int, at: int, value: int) -> None:
         block[at] = value
-        sectors = self.dirty.get(index)
-        if sectors is None:
-            sectors = self.dirty[index] = set()
-        sectors.add(at // self.sector_entries)
+        self.blocks.change(index, at // self.sector_entries)
 
     def release(self, cluster: int) -> None:
         """One reference less. TableMiss; ImageError if there was none."""
@@ -242,19 +219,20 @@ class Refcounts:
             self.table[index + number] = first + number << self.cluster_bits
             self.table_dirty.add((index + number) // 64)
             self.blocks[index + number] = RefcountBlock(bytes(self.cluster_bytes), self.order)
-            self.dirty[index + number] = set(range(self.cluster_bytes // 512))
+            self.blocks.change_all(index + number, self.cluster_bytes // SECTOR_BYTES)
         self.protect(first + number << self.cluster_bits for number in range(blocks))
         for cluster in range(first, first + blocks + table_clusters):
             self.blocks[cluster // self.per_block][cluster % self.per_block] = 1
         self.file_end = max(self.file_end, first + blocks + table_clusters)
         self.take_fresh(first, blocks + table_clusters)
-        self.make_room()
+        self.blocks.make_room()
         return self.blocks[index]
 
     def _move_table(self, first: int, clusters: int) -> None:
         former = self.table_offset >> self.cluster_bits
         self._reserved = [(start, end) for start, end in self._reserved if start != former]
-        self.moved_from.append((self.table_offset, 8 * len(self.table)))
+        self.moved_from.append(range(former, former + (8 * len(self.table) >> self.cluster_bits)))
+        self.moved = True
         self.table_offset = first << self.cluster_bits
         self.table.extend([0] * (clusters * self.cluster_bytes // 8 - len(self.table)))
         self.table_dirty = set(range(len(self.table) // 64))

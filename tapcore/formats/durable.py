@@ -1,7 +1,7 @@
-"""qcow2: what makes changes durable: flushes, commits of metadata, and the release of clusters given up.
+"""What makes an image's changes durable: flushes, commits of metadata, and the release of places given up.
 
     given up ─ commit ─▶ no table in the file points at them
-             ─ what was under way ends ─▶ space returned to the file system, one reference less
+             ─ what was under way ends ─▶ the format's `release`: they may be used again
 
 One commit at a time; flushes that wait for it share the next.
 """
@@ -9,25 +9,21 @@ One commit at a time; flushes that wait for it share the next.
 from __future__ import annotations
 
 import errno
-import logging
-from collections import Counter, deque
-from collections.abc import Callable, Generator
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from tapcore.errors import ImageError
-from tapcore.formats.extents import TableMiss
-from tapcore.formats.qcow2.commit import Commit, runs
+from tapcore.formats.commit import Commit
 from tapcore.formats.reader import Resume
 from tapcore.request import Request
 
 if TYPE_CHECKING:
-    from tapcore.formats.qcow2.driver import Qcow2Driver
-
-logger = logging.getLogger(__name__)
+    from tapcore.formats.writer import Writer
 
 MAX_DROPPED: Final = 4096
-"""Clusters given up; with more a commit begins that nobody asked for."""
+"""Places given up; with more a commit begins that nobody asked for."""
 
 Steps = Generator[Callable[[], None], None, None]
 """Yields what is to be done in a worker, and goes on in the loop's thread when that is done."""
@@ -36,15 +32,15 @@ Steps = Generator[Callable[[], None], None, None]
 class Durable:
     """Of one image opened for writing."""
 
-    def __init__(self, driver: Qcow2Driver, l1_offset: int) -> None:
-        self._driver = driver
-        self._l1_offset = l1_offset
+    def __init__(self, writer: Writer) -> None:
+        self._writer = writer
+        self._driver = writer.driver
         self._flushes: list[Request] = []
         self._waiting: list[Resume] = []
         self._committing = False
-        self._dropped: list[int] = []
-        self._leaving: deque[tuple[int, list[int]]] = deque()
-        """(the last flight that may use them, clusters): durably given up."""
+        self._dropped: list[Any] = []
+        self._leaving: deque[tuple[int, list[Any]]] = deque()
+        """(the last flight that may use them, places): durably given up."""
         self._releasing = False
         self._idle: list[Callable[[], None]] = []
 
@@ -64,15 +60,13 @@ class Durable:
         if not self._committing:
             self._start()
 
-    def drop(self, clusters: range) -> None:
-        """One reference of each of these host clusters is given up, in memory."""
-        self._dropped += clusters
+    def drop(self, places: Iterable[Any]) -> None:
+        """These are given up, in memory."""
+        self._dropped += places
 
     def relieve(self) -> None:
         """Begin a commit if there is much to write."""
-        driver = self._driver
-        if not self._committing and (len(self._dropped) > MAX_DROPPED or driver.mapping.crowded
-                                     or driver.refcounts.crowded):
+        if not self._committing and (len(self._dropped) > MAX_DROPPED or self._writer.crowded):
             self._start()
 
     def landed(self) -> None:
@@ -98,12 +92,12 @@ class Durable:
         self._committing = True
         flushes, self._flushes = self._flushes, []
         waiting, self._waiting = self._waiting, []
+        commit = self._writer.begin_commit()
         dropped, self._dropped = self._dropped, []
-        commit = Commit(driver.mapping, driver.refcounts, self._l1_offset)
         result = [errno.EIO]
 
         def work() -> None:
-            result[0] = errno.EIO if driver.distrusted else commit.run(driver.file)
+            result[0] = errno.EIO if driver.distrusted else commit.run(driver.file, driver.data)
 
         def done() -> None:
             self._committing = False
@@ -120,79 +114,36 @@ class Durable:
 
         driver.env.workers.submit(work, done)
 
-    def _settle(self, commit: Commit, dropped: list[int], code: int) -> None:
+    def _settle(self, commit: Commit, dropped: list[Any], code: int) -> None:
         if code:
             commit.failed()
             self._dropped[:0] = dropped
             return
         commit.succeeded()
-        cluster_bits = self._driver.header.cluster_bits
-        for offset, length in commit.moved_from:
-            dropped += range(offset >> cluster_bits, offset + length >> cluster_bits)
         if dropped:
             self._leaving.append((self._driver.newest_flight(), dropped))
 
     # Release
 
     def _release(self) -> None:
-        number, clusters = self._leaving[0]
+        number, places = self._leaving[0]
         if self._driver.flown(number):
             self._leaving.popleft()
             self._releasing = True
-            self._step(self._release_steps(clusters))
+            self._step(self._writer.release(places))
 
     def _step(self, steps: Steps) -> None:
-        work = next(steps, None)
+        try:
+            work = next(steps, None)
+        except ImageError as error:
+            self._driver.distrust(error)
+            work = None
         if work is not None:
             self._driver.env.workers.submit(work, partial(self._step, steps))
             return
         self._releasing = False
         self.landed()
         self._check_idle()
-
-    def _release_steps(self, clusters: list[int]) -> Steps:
-        """Return the space of clusters that nothing else refers to, then take one reference from each."""
-        refcounts, file = self._driver.refcounts, self._driver.file
-        cluster_bits = self._driver.header.cluster_bits
-        try:
-            unused = []
-            for cluster, count in Counter(clusters).items():
-                yield from self._cached(cluster)
-                if refcounts.get(cluster) == count:
-                    unused.append(cluster)
-            if unused:
-                holes = list(runs(unused))
-
-                def punch() -> None:
-                    for first, count in holes:
-                        file.discard(first << cluster_bits, count << cluster_bits)
-
-                yield punch
-            for cluster in clusters:
-                yield from self._cached(cluster)
-                refcounts.release(cluster)
-        except ImageError as error:
-            self._driver.distrust(error)
-
-    def _cached(self, cluster: int) -> Steps:
-        """Until the cluster's refcount is cached. ImageError."""
-        while True:
-            try:
-                self._driver.refcounts.get(cluster)
-                return
-            except TableMiss as found:
-                miss = found
-            loaded: list[bytes] = []
-            yield partial(self._load, miss, loaded)
-            if not loaded:
-                raise ImageError(f"cannot read a refcount block: {miss}", offset=miss.host)
-            self._driver.refcounts.install(miss, loaded[0])
-
-    def _load(self, miss: TableMiss, loaded: list[bytes]) -> None:
-        try:
-            loaded.append(self._driver.file.load(miss.host, miss.length, "a refcount block"))
-        except ImageError as error:
-            logger.error("%s", error)
 
     # Close
 
@@ -201,16 +152,22 @@ class Durable:
         assert not self._committing and not self._releasing, "closed without quiesce"
         driver = self._driver
         while not driver.distrusted:
-            commit = Commit(driver.mapping, driver.refcounts, self._l1_offset)
+            commit = self._writer.begin_commit()
             dropped, self._dropped = self._dropped, []
             if not dropped and not self._leaving and not any(commit.stages):
                 commit.succeeded()
                 break
-            code = commit.run(driver.file)
+            code = commit.run(driver.file, driver.data)
             self._settle(commit, dropped, code)
             if code:
                 raise ImageError("cannot write the image's tables", errno=code, path=driver.path,
                                  hint="what was not flushed may be lost; the image itself is consistent")
             while self._leaving:
-                for work in self._release_steps(self._leaving.popleft()[1]):
-                    work()
+                self._finish_release(self._leaving.popleft()[1])
+
+    def _finish_release(self, places: list[Any]) -> None:
+        try:
+            for work in self._writer.release(places):
+                work()
+        except ImageError as error:
+            self._driver.distrust(error)
