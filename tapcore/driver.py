@@ -12,7 +12,8 @@ Verbs: `queue_read`, `queue_write`, `queue_flush`, `queue_discard`, `queue_zeroe
 way when it returns. Requests come bounds-checked, inside the disk and shorter than 4 GiB; a
 write, discard or zeroes never reaches a driver that was opened read-only. FUA is honoured by every driver.
 Requests in flight at the same time have no order. A flush covers what completed before it was queued.
-A verb does not raise for a failed request: it says so with an errno.
+A verb does not raise for a failed request: it says so with an errno. A read that `takes_zero` may be answered with
+the flag IS_ZERO in place of data; a filter that looks at data calls `show_zeroes`.
 
 Registration is the declaration: a subclass with a `name` is known to `find_driver`.
 """

@@ -30,6 +30,8 @@ BACKGROUND: Final = 8
 """Not the guest's: drivers do the I/O in a worker, so that the loop stays free for the guest."""
 ABANDONED: Final = 16
 """Its owner has gone: not to be tried again. Of no concern to drivers."""
+IS_ZERO: Final = 32
+"""The answer to a read that `takes_zero`: all of it is zeroes, and its buffers were not filled."""
 
 STATUS_HOLE: Final = 1
 STATUS_ZERO: Final = 2
@@ -52,7 +54,7 @@ class Request:
     """
 
     __slots__ = ("at", "cookie", "done", "error", "extents", "flags", "iov", "length", "offset", "op", "owner",
-                 "parts", "place", "started_ns", "tries")
+                 "parts", "place", "started_ns", "takes_zero", "tries")
 
     def __init__(
         self,
@@ -70,6 +72,9 @@ class Request:
         self.flags = flags
         self.done = done
         self.error = 0
+        self.takes_zero = False
+        """Of a read: a driver may set the flag IS_ZERO instead of filling the buffers. Who looks at what was read
+        on its way up calls `show_zeroes` first."""
         self.extents: list[Extent] = []
         self.parts: list[Request] | None = None
         """The requests that were merged into this one (by the vbd)."""
@@ -90,6 +95,14 @@ def fail(request: Request, code: int) -> bool:
     """Complete `request` early with the errno `code`: `return fail(request, EIO)`."""
     request.error = code
     return True
+
+
+def show_zeroes(request: Request) -> None:
+    """Fill the buffers of a read that was answered with IS_ZERO alone."""
+    if request.flags & IS_ZERO:
+        request.flags &= ~IS_ZERO
+        for view in request.iov:
+            view[:] = bytes(len(view))
 
 
 def slice_iov(iov: Sequence[memoryview], start: int, length: int) -> list[memoryview]:

@@ -11,7 +11,7 @@ from typing import ClassVar, TypeVar
 
 from tapcore.driver import DiskInfo, Driver, Env, Feature, OpenFlag
 from tapcore.errors import ChainError
-from tapcore.request import DISCARD, FLUSH, READ, STATUS, WRITE, ZEROES, Request
+from tapcore.request import DISCARD, FLUSH, IS_ZERO, READ, STATUS, WRITE, ZEROES, Request
 from tapcore.vbd import Vbd
 
 T = TypeVar("T")
@@ -75,6 +75,8 @@ class Manual(Driver):
         start, end = request.offset, request.offset + request.length
         if end > len(self.data):
             request.error = errno.EINVAL
+        elif request.op == READ and request.takes_zero and not any(self.data[start:end]):
+            request.flags |= IS_ZERO
         elif request.op == READ:
             for view in request.iov:
                 view[:] = self.data[start : start + len(view)]

@@ -26,7 +26,7 @@ from xxhash import xxh3_64_intdigest
 from tapcore import params
 from tapcore.driver import SECTOR_BYTES, Env, Filter, OpenFlag
 from tapcore.errors import UsageError
-from tapcore.request import WRITE, ZEROES, Request
+from tapcore.request import WRITE, ZEROES, Request, show_zeroes
 
 logger = logging.getLogger(__name__)
 
@@ -141,6 +141,7 @@ class Verify(Filter):
         """Compare what was read with what may be there. A block that may hold several things is settled."""
         if request.error:
             return
+        show_zeroes(request)
         size = self.block_bytes
         data = memoryview(b"".join(request.iov))
         for block in self._covered(request):

@@ -24,6 +24,7 @@ from tapcore.formats.extents import DATA, HOLE, PACKED, ZERO, Mapping, TableMiss
 from tapcore.formats.imagefile import ImageFile, fill_zeroes
 from tapcore.request import (
     BACKGROUND,
+    IS_ZERO,
     READ,
     STATUS,
     STATUS_HOLE,
@@ -111,6 +112,14 @@ class ImageDriver(Driver):
             return False
         except ImageError as error:
             return self.complain(request, error)
+        if len(extents) == 1 and extents[0][0] in (ZERO, HOLE):
+            inside = self.backing_bytes(request.offset, request.length) if extents[0][0] == HOLE else 0
+            if inside == request.length:
+                assert self.backing is not None
+                self._backing_queued = True
+                return self.backing.queue_read(request)
+            if not inside:
+                return _answer_zeroes(request)
         flight = Flight(request)
         parts: list[_Part] = []
         at = 0
@@ -349,6 +358,14 @@ def _join(answers: Sequence[tuple[int, list[Extent]] | Request]) -> list[Extent]
         if sum(length for length, _ in extents) < wanted:
             break
     return joined
+
+
+def _answer_zeroes(request: Request) -> bool:
+    if request.takes_zero:
+        request.flags |= IS_ZERO
+    else:
+        fill_zeroes(request.iov)
+    return True
 
 
 def _copy(data: bytes, at: int, iov: Sequence[memoryview]) -> None:

@@ -100,7 +100,12 @@ class Replies:
         buffer.view[at:end] = data
         buffer.users += 1
         self.unsent_bytes += len(data)
-        self._segments.append(Segment(buffer, at, end))
+        last = self._segments[-1] if self._segments else None
+        if last is not None and last.end == at and last.buffer is buffer:
+            last.end = end
+            last.count += 1
+        else:
+            self._segments.append(Segment(buffer, at, end))
 
     def forget(self, request: Request) -> None:
         """Give back the place of a read that failed or whose data nobody wants."""

@@ -29,6 +29,7 @@ from tapcore.request import (
     FAST,
     FLUSH,
     FUA,
+    IS_ZERO,
     NO_HOLE,
     READ,
     STATUS,
@@ -49,6 +50,7 @@ MAX_LATE_BYTES = 64 << 20
 """In flight from one connection; beyond, its next requests wait in the socket."""
 
 _REQUEST = wire.REQUEST.struct
+_HOLE = wire.HOLE_CHUNK.struct
 _HEADER_BYTES = wire.REQUEST.size
 _MAX_PAYLOAD_BYTES = wire.DEFAULT_MAX_PAYLOAD_BYTES
 
@@ -253,6 +255,7 @@ class Session:
     def _new_request(self) -> Request:
         request = Request(READ, done=self._disk.request_done)
         request.owner = self
+        request.takes_zero = self._structured
         return request
 
     # Large writes, and payloads that are passed over
@@ -395,8 +398,8 @@ class Session:
 
     def _finish_other(self, request: Request) -> bool:
         """Queue the reply if it is not that of a plain read or write. The request is plain again afterwards."""
-        code, op, at = request.error, request.op, request.at
-        plain = not (code or op > WRITE or (op == READ and at == _CACHE))
+        code, op, at, flags = request.error, request.op, request.at, request.flags
+        plain = not (code or op > WRITE or (op == READ and (at == _CACHE or flags & IS_ZERO)))
         request.error = request.flags = 0
         if plain:
             return False
@@ -410,6 +413,10 @@ class Session:
         elif code:
             kind = {READ: wire.NBD_CMD_READ, STATUS: wire.NBD_CMD_BLOCK_STATUS}.get(op, wire.NBD_CMD_WRITE)
             self._answer_error(wire.NBD_CMD_CACHE if at == _CACHE else kind, request.cookie, code)
+        elif op == READ and at != _CACHE:
+            self.replies.put(_HOLE.pack(wire.NBD_STRUCTURED_REPLY_MAGIC, wire.NBD_REPLY_FLAG_DONE,
+                                        wire.NBD_REPLY_TYPE_OFFSET_HOLE, request.cookie, 12, request.offset,
+                                        request.length))
         else:
             self._put_simple(request.cookie, 0)
         return True

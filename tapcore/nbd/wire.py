@@ -162,6 +162,8 @@ CHUNK = Layout("structured reply chunk", ">", "magic:I flags:H type:H cookie:Q l
 OFFSET_DATA = Layout("head of NBD_REPLY_TYPE_OFFSET_DATA", ">", "offset:Q", size=8)
 DATA_CHUNK = Layout("structured reply chunk with data", ">", "magic:I flags:H type:H cookie:Q length:I offset:Q",
                     size=28)
+HOLE_CHUNK = Layout("structured reply chunk for a hole", ">",
+                    "magic:I flags:H type:H cookie:Q length:I offset:Q hole_bytes:I", size=32)
 OFFSET_HOLE = Layout("NBD_REPLY_TYPE_OFFSET_HOLE", ">", "offset:Q length:I", size=12)
 ERROR = Layout("head of an error chunk", ">", "error:I message_length:H", size=6)
 ERROR_OFFSET = Layout("tail of NBD_REPLY_TYPE_ERROR_OFFSET", ">", "offset:Q", size=8)

@@ -23,12 +23,14 @@ from tapcore.request import (
     FAST,
     FLUSH,
     FUA,
+    IS_ZERO,
     NO_HOLE,
     READ,
     STATUS,
     WRITE,
     ZEROES,
     Request,
+    show_zeroes,
 )
 from writelog.logstore import forget
 
@@ -154,7 +156,9 @@ class Oracle:
         data = bytearray(random_bytes(seed, length) if kind == WRITE else length)
         third = max(1, seed * length // 256)
         views = [memoryview(data)[:third], memoryview(data)[third:]] if kind in (READ, WRITE) else []
-        return Request(kind, offset, length if kind != FLUSH else 0, views, flags)
+        request = Request(kind, offset, length if kind != FLUSH else 0, views, flags)
+        request.takes_zero = bool(seed & 1)
+        return request
 
     def run(self, batch: list[Op]) -> None:
         requests = [self.make(op) for op in batch]
@@ -164,6 +168,8 @@ class Oracle:
                 continue
             assert code == 0
             if request.op == READ:
+                assert request.takes_zero or not request.flags & IS_ZERO
+                show_zeroes(request)
                 assert b"".join(request.iov) == self.data[start:end]
             elif request.op == WRITE:
                 self.data[start:end] = b"".join(request.iov)

@@ -131,6 +131,7 @@ def test_a_client_that_vanishes_with_requests_in_flight(served: Served) -> None:
 
 def test_a_client_that_does_not_read_waits_alone(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     lazy = served.client()
+    served.one.data[0] = 1
     request = wire.REQUEST.pack(magic=wire.NBD_REQUEST_MAGIC, flags=0, type=wire.NBD_CMD_READ, cookie=1, offset=0,
                                 length=1 << 20)
     lazy.sock.setblocking(False)
@@ -244,6 +245,7 @@ def test_a_client_with_much_to_do_gives_others_their_turn(
 
     served.loop.loop.turn = turn  # type: ignore[method-assign]
     served.exports["one"].submit = submit  # type: ignore[method-assign]
+    served.one.data[0] = 1
     with served.client() as client:
         one = wire.REQUEST.pack(magic=wire.NBD_REQUEST_MAGIC, flags=0, type=wire.NBD_CMD_READ, cookie=1, offset=0,
                                 length=128 << 10)

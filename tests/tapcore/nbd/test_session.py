@@ -93,6 +93,8 @@ def parse(data: bytes) -> list[Reply]:
         data = data[wire.CHUNK.size + chunk["length"] :]
         if chunk["type"] == wire.NBD_REPLY_TYPE_OFFSET_DATA:
             out.append((chunk["cookie"], 0, body[8:]))
+        elif chunk["type"] == wire.NBD_REPLY_TYPE_OFFSET_HOLE:
+            out.append((chunk["cookie"], 0, bytes(wire.OFFSET_HOLE.unpack(body)["length"])))
         elif chunk["type"] == wire.NBD_REPLY_TYPE_BLOCK_STATUS:
             out.append((chunk["cookie"], 0, body))
         else:
@@ -421,3 +423,17 @@ def test_a_session_equals_a_plain_array(
     assert client.disk.data == oracle and client.session.late == 0
     Manual.opened.clear()
     loop.close()
+
+
+def test_what_is_all_zeroes_is_sent_as_a_hole(peer: Callable[..., Peer]) -> None:
+    client = peer()
+    client.give(read(1, 0, 4096) + read(2, 8192, 1 << 20) + write(3, 0, b"x") + read(4, 0, 2))
+    assert client.replies() == [(1, 0, bytes(4096)), (2, 0, bytes(1 << 20)), (3, 0, b""), (4, 0, b"x\0")]
+    assert len(client.sent) < 4096
+
+
+def test_who_does_not_understand_holes_gets_the_zeroes(peer: Callable[..., Peer]) -> None:
+    client = peer(structured=False)
+    client.give(read(1, 0, 4096))
+    client.take()
+    assert client.sent[wire.SIMPLE_REPLY.size :] == bytes(4096)
