@@ -15,7 +15,7 @@ connections do not wait for it. A parameter that is null counts as left out; one
 | list     |                             | pid; disks: a list of name, state, size, fenced, chain, uris and more |
 | open     | chain, name, read_only, nbd | opens a disk (nbd: addresses of its own); as info                     |
 | close    | disk, forget                | drains, drops clients, closes (forget: removes its logs); disk        |
-| pause    | disk, hold                  | holds requests back; state, once none is in flight                    |
+| pause    | disk, hold, hold_s          | holds requests back; state, once none is in flight                    |
 | unpause  | disk, chain, force          | lets them go, to another chain if one is given; state                 |
 | handover | disk, to                    | makes a held pause permanent and fences the disk; fenced              |
 | stats    | disk                        | disks: counters and histograms by name, of one disk or of all         |
@@ -25,7 +25,10 @@ connections do not wait for it. A parameter that is null counts as left out; one
 | shutdown |                             | closes every disk and ends the process; pid                           |
 
 A pause with `hold` belongs to its connection: when that ends, without unpause or handover, the disk goes on by
-itself. A fenced disk goes on only by force.
+itself. It also goes on `hold_s` seconds after the last such pause, each of which sets the time anew: a holder that
+is stopped, or hangs, does not stop the guest with it. A hold that has run out cannot be taken up again, nor can
+the disk be handed over, before its connection has sent `unpause`: the guest has run meanwhile. A fenced disk goes
+on only by force.
 """
 
 from __future__ import annotations
@@ -52,6 +55,7 @@ PROTOCOL: Final = 1
 MAX_REQUEST_BYTES: Final = 64 << 10
 MAX_REPLY_BYTES: Final = 16 << 20
 MAX_OFFSET: Final = (1 << 63) - 1
+MAX_TIME_S: Final = 1_000_000
 DEFAULT_TIMEOUT_S: Final = 30.0
 LOOK_TIMEOUT_S: Final = 5.0
 """How long a search waits for each process that it asks."""
@@ -62,7 +66,7 @@ PARAMS: Final = {
     "list": "",
     "open": "chain:text name:text? read_only:flag? nbd:texts?",
     "close": "disk:text forget:flag?",
-    "pause": "disk:text hold:flag?",
+    "pause": "disk:text hold:flag? hold_s:time?",
     "unpause": "disk:text chain:text? force:flag?",
     "handover": "disk:text to:text",
     "stats": "disk:text?",
@@ -91,6 +95,7 @@ _KINDS: Final[dict[str, tuple[str, Callable[[Any], bool]]]] = {
     "text": ("a text", _is_text),
     "texts": ("a list of texts", lambda value: isinstance(value, list) and all(map(_is_text, value))),
     "flag": ("true or false", lambda value: isinstance(value, bool)),
+    "time": ("seconds, more than 0", lambda value: type(value) in (int, float) and 0 < value <= MAX_TIME_S),
     "number": ("a whole number, not negative", lambda value: type(value) is int and 0 <= value <= MAX_OFFSET),
 }
 

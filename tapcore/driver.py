@@ -189,6 +189,13 @@ class Filter(Driver):
         """Called after `attach`. May change `info`."""
 
 
+def leaf_of(level: Driver) -> Driver:
+    """The level at the bottom of a chain: the image."""
+    while isinstance(level, Filter):
+        level = level.next
+    return level
+
+
 def find_driver(name: str) -> type[Driver]:
     """The driver called `name`; ChainError lists the known ones."""
     import tapcore.drivers

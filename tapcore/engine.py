@@ -1,19 +1,8 @@
-"""The engine of a tapdisk: its disks by name, and the control protocol (tapcore.control) that works on them.
-
-Who wants a disk paused, and what follows:
-
-    pinned    a plain `pause`, or a hand-over     until `unpause`
-    holder    the connection of `pause` + hold    until its `unpause` or `handover`, or until it ends
-    closing   `close` or a shutdown               it does not run again
-
-A disk runs when none of these is left. A connection that ends takes its hold with it, whatever ended it, so that
-a program that dies while it holds a disk does not leave a guest waiting.
-"""
+"""The engine of a tapdisk: its disks by name, and the control protocol (tapcore.control) that works on them."""
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import logging
 import os
 import re
@@ -25,45 +14,24 @@ from typing import Any, Final
 import tapcore
 from tapcore.chain import parse
 from tapcore.control import PROTOCOL
-from tapcore.control_server import Call, Connection, ControlServer
+from tapcore.control_server import Call, ControlServer
+from tapcore.disk import Disk
 from tapcore.driver import Env, OpenFlag
-from tapcore.drivers.log import Log
 from tapcore.errors import ControlError, UsageError, WritelogError
+from tapcore.map_reader import MapReader
+from tapcore.namelock import lock_name, unlock_name
 from tapcore.nbd.address import parse_address
 from tapcore.nbd.server import NbdServer
-from tapcore.request import Extent
-from tapcore.vbd import PAUSED, RUNNING, Vbd
+from tapcore.pausing import Pausing, held
+from tapcore.vbd import Vbd
 from writelog.logstore import forget
 
 logger = logging.getLogger(__name__)
 
 NAME = re.compile(r"[A-Za-z0-9_+@-][A-Za-z0-9_.+@-]{0,63}")
 NAME_HINT = "1 to 64 letters, digits and _ . + @ - are allowed, and no . in front"
-MAP_STEP_BYTES: Final = 1 << 30
-"""Asked of the chain at once."""
-MAP_MAX_EXTENTS: Final = 4096
-"""In one reply."""
 TRY_AGAIN_S: Final = 0.05
 """Between tries to close a disk whose chain is being replaced."""
-
-
-class Disk:
-    """A vbd, and what the engine adds to it."""
-
-    def __init__(self, vbd: Vbd, server: NbdServer, exports: dict[str, Vbd], lock_fd: int) -> None:
-        self.vbd = vbd
-        self.name = vbd.name
-        self.server = server
-        self.exports = exports
-        """What `server` serves: this disk alone, or all that have no addresses of their own."""
-        self.lock_fd = lock_fd
-        self.pinned = False
-        self.holder: Connection | None = None
-        self.closing = False
-
-    @property
-    def logs(self) -> list[Log]:
-        return [driver for driver in self.vbd.chain.drivers if isinstance(driver, Log)]
 
 
 class Engine:
@@ -88,13 +56,14 @@ class Engine:
         self._retry_interval_s = retry_interval_s
         self._exports: dict[str, Vbd] = {}
         self._shared = NbdServer(env, self._exports)
-        self._control = ControlServer(env, self._handle, self._release)
+        self._pausing = pausing = Pausing(env, self.disks, self._find)
+        self._control = ControlServer(env, self._handle, pausing.release)
         self._on_down = on_down
         self._shutting_down = False
         self._shutdown_calls: list[Call] = []
         self._ops: dict[str, Callable[[Call], dict[str, Any] | None]] = {
             "version": self._version, "list": self._list, "open": self._open, "close": self._close,
-            "pause": self._pause, "unpause": self._unpause, "handover": self._handover, "stats": self._stats,
+            "pause": pausing.pause, "unpause": pausing.unpause, "handover": pausing.handover, "stats": self._stats,
             "info": self._info, "map": self._map, "shutdown": self._shutdown,
         }
 
@@ -119,7 +88,7 @@ class Engine:
         name = default_name(chain) if name is None else name
         if not NAME.fullmatch(name):
             raise UsageError(f"{name!r} cannot be the name of a disk", hint=NAME_HINT)
-        lock_fd = _lock_name(self._env.run_dir, name)
+        lock_fd = lock_name(self._env.run_dir, name)
         server, exports = self._shared, self._exports
         try:
             if nbd or not self._shared.addresses:
@@ -132,10 +101,16 @@ class Engine:
         except BaseException:
             if server is not self._shared:
                 server.close()
-            _unlock_name(self._env.run_dir, name, lock_fd)
+            unlock_name(self._env.run_dir, name, lock_fd)
             raise
         exports[name] = vbd
         disk = self.disks[name] = Disk(vbd, server, exports, lock_fd)
+        disk.heed_fence()
+        if vbd.fenced:
+            vbd.pause(lambda: None)
+            disk.pinned = True
+            logger.warning("%s: %s; its requests wait. To write to it all the same: tap-ctl unpause --force %s",
+                           name, vbd.fenced, name)
         return disk
 
     def uris(self, disk: Disk) -> list[str]:
@@ -165,7 +140,7 @@ class Engine:
                     forget(self._env.run_dir, log_name)
             except (WritelogError, OSError) as error:
                 failure = ControlError(f"disk {disk.name!r} is closed, but its logs are still there: {error}")
-            _unlock_name(self._env.run_dir, disk.name, disk.lock_fd)
+            unlock_name(self._env.run_dir, disk.name, disk.lock_fd)
             del self.disks[disk.name]
             done(failure)
             self._check_shutdown()
@@ -258,7 +233,7 @@ class Engine:
     def _close(self, call: Call) -> None:
         disk = self._find(call)
         if disk.holder not in (None, call.connection):
-            raise _held(disk)
+            raise held(disk)
 
         def closed(error: ControlError | None) -> None:
             if error is None:
@@ -272,98 +247,6 @@ class Engine:
         self._shutdown_calls.append(call)
         self.shutdown()
 
-    # Pausing
-
-    def _pause(self, call: Call) -> None:
-        disk = self._find(call)
-        hold = call.params.get("hold", False)
-        if hold and disk.holder not in (None, call.connection):
-            raise _held(disk)
-        if hold and call.connection.ended:
-            raise ControlError("the connection that is to hold the disk has ended", errno=errno.ENOTCONN)
-
-        def paused() -> None:
-            if disk.vbd.state == PAUSED:
-                call.finish({"state": PAUSED})
-            else:
-                call.fail(ControlError(f"disk {disk.name!r} was to go on, or to close, before it had paused",
-                                       errno=errno.ECANCELED))
-
-        disk.vbd.pause(paused)
-        if hold:
-            disk.holder = call.connection
-        else:
-            disk.pinned = True
-
-    def _unpause(self, call: Call) -> dict[str, Any] | None:
-        disk = self._find(call)
-        vbd = disk.vbd
-        force = call.params.get("force", False)
-        own = disk.holder is call.connection and not force
-        if vbd.fenced and not force:
-            raise ControlError(f"disk {disk.name!r} was {vbd.fenced}", errno=errno.EPERM,
-                               hint="writing to it again parts it from its copy: only by force")
-        if disk.holder is not None and not own and not force:
-            raise _held(disk)
-        if "chain" not in call.params:
-            self._let_go(disk, own, force)
-            return {"state": vbd.state}
-
-        def replaced(error: WritelogError | None) -> None:
-            try:
-                if error is not None:
-                    raise error
-                self._let_go(disk, own, force)
-                call.finish({"state": vbd.state})
-            except WritelogError as failure:
-                call.fail(failure)
-                self._settle(disk)
-
-        vbd.replace_chain(call.params["chain"], replaced)
-        return None
-
-    def _let_go(self, disk: Disk, own: bool, force: bool) -> None:
-        """End the connection's `own` hold, or else every reason for a pause, and let the disk go on if none is
-        left. ControlError if it cannot, with nothing changed."""
-        if disk.vbd.state != RUNNING and not (own and disk.pinned):
-            disk.vbd.resume()
-        disk.holder = None
-        if not own:
-            disk.pinned = False
-        if force:
-            disk.vbd.fenced = None
-
-    def _settle(self, disk: Disk) -> None:
-        """Let a disk go on that nobody wants paused any more."""
-        if disk.pinned or disk.holder is not None or disk.closing or disk.vbd.state == RUNNING:
-            return
-        try:
-            disk.vbd.resume()
-        except ControlError as error:
-            logger.error("%s: cannot go on: %s", disk.name, error)
-
-    def _release(self, connection: Connection) -> None:
-        """A connection has ended, and with it what it held."""
-        for disk in self.disks.values():
-            if disk.holder is connection:
-                logger.warning("%s: %s, which held it, has gone", disk.name, connection.peer)
-                disk.holder = None
-                self._settle(disk)
-
-    def _handover(self, call: Call) -> dict[str, Any]:
-        disk = self._find(call)
-        vbd = disk.vbd
-        if disk.holder is not call.connection or vbd.state != PAUSED:
-            raise ControlError(f"disk {disk.name!r} is not held by this connection", errno=errno.EPERM,
-                               hint="pause it with hold first")
-        if vbd.fenced:
-            raise ControlError(f"disk {disk.name!r} was {vbd.fenced} already", errno=errno.EPERM)
-        vbd.fenced = f"handed over to {call.params['to']}"
-        disk.pinned = True
-        disk.holder = None
-        logger.warning("%s: %s", disk.name, vbd.fenced)
-        return {"fenced": vbd.fenced}
-
     # The map
 
     def _map(self, call: Call) -> dict[str, Any] | None:
@@ -374,40 +257,8 @@ class Engine:
         if offset + length > size_bytes:
             raise ControlError(f"{length} bytes at {offset} are not all on the disk, which has {size_bytes}",
                                errno=errno.EINVAL)
-        _MapReader(self._env, vbd, call, offset, offset + length).step()
+        MapReader(self._env.loop, vbd, call, offset, offset + length).step()
         return None
-
-
-class _MapReader:
-    """Asks for the block status of [offset, stop) piece by piece, between which the guest has its turn."""
-
-    def __init__(self, env: Env, vbd: Vbd, call: Call, offset: int, stop: int) -> None:
-        self._loop = env.loop
-        self._vbd = vbd
-        self._call = call
-        self._at = offset
-        self._stop = stop
-        self._extents: list[tuple[int, int, int]] = []
-
-    def step(self) -> None:
-        if self._at == self._stop or len(self._extents) >= MAP_MAX_EXTENTS:
-            self._call.finish({"extents": self._extents, "next": self._at if self._at < self._stop else None})
-        else:
-            self._vbd.status_map(self._at, min(MAP_STEP_BYTES, self._stop - self._at), self._add)
-
-    def _add(self, code: int, extents: list[Extent]) -> None:
-        if code or not extents:
-            self._call.fail(ControlError(f"no block status at {self._at}: {os.strerror(code or errno.EIO)}",
-                                         errno=code or errno.EIO))
-            return
-        for length, flags in extents[:MAP_MAX_EXTENTS]:
-            last = self._extents[-1] if self._extents else None
-            if last is not None and last[2] == flags:
-                self._extents[-1] = (last[0], last[1] + length, flags)
-            else:
-                self._extents.append((self._at, length, flags))
-            self._at += length
-        self._loop.call_soon(self.step)
 
 
 def default_name(chain: str) -> str:
@@ -425,40 +276,3 @@ def _listen(server: NbdServer, address: str) -> None:
     except UnicodeEncodeError:
         raise UsageError(f"{address!r} cannot be written as a URI", hint="use a path of UTF-8") from None
     server.listen(address)
-
-
-def _held(disk: Disk) -> ControlError:
-    assert disk.holder is not None
-    return ControlError(f"disk {disk.name!r} is held by {disk.holder.peer}", errno=errno.EBUSY,
-                        hint="wait for it, or end it: the disk goes on then")
-
-
-def _lock_name(run_dir: Path, name: str) -> int:
-    """Make `name` this process's among all that share the run directory; the lock ends with the process.
-    ControlError if another has it."""
-    path = run_dir / f"{name}.lock"
-    while True:
-        try:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        except OSError as error:
-            raise ControlError(f"cannot take the name {name!r}: {error.strerror}", errno=error.errno,
-                               path=str(path)) from error
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if path.stat().st_ino == os.fstat(fd).st_ino:
-                os.ftruncate(fd, 0)
-                os.write(fd, f"{os.getpid()}\n".encode())
-                return fd
-        except BlockingIOError:
-            owner = os.pread(fd, 20, 0).decode(errors="replace").strip()
-            os.close(fd)
-            raise ControlError(f"there is a disk {name!r} already, of tapdisk {owner}", errno=errno.EEXIST,
-                               hint="close it there, or give this one another name") from None
-        except FileNotFoundError:
-            logger.debug("%s was removed while it was being locked", path)
-        os.close(fd)
-
-
-def _unlock_name(run_dir: Path, name: str, lock_fd: int) -> None:
-    (run_dir / f"{name}.lock").unlink(missing_ok=True)
-    os.close(lock_fd)

@@ -22,15 +22,18 @@ MAX_TEST_FILE_LINES = 800
 
 LAYERS = """
 tapcore tapcore.errors tapcore.layout tapcore.text writelog
-tapcore.request tapcore.loop tapcore.rundir tapcore.params tapcore.workers tapcore.stats tapcore.unixsocket \
- tapcore.nbd.wire tapcore.nbd.address tapcore.nbd.client_codec tapcore.nbd.reply_decoder \
- writelog.bitmap writelog.control writelog.ring writelog.dirtymap writelog.wire writelog.plan writelog.shm
+tapcore.request tapcore.loop tapcore.rundir tapcore.params tapcore.workers tapcore.stats \
+ tapcore.unixsocket tapcore.durablefile tapcore.fence tapcore.nbd.wire tapcore.nbd.address \
+ tapcore.nbd.client_codec tapcore.nbd.reply_decoder writelog.bitmap writelog.control \
+ writelog.ring writelog.dirtymap writelog.wire writelog.plan writelog.shm
 tapcore.driver tapcore.writewatch tapcore.rawfile tapcore.imagelock tapcore.directio tapcore.formats \
  tapcore.drivers tapcore.nbd.link tapcore.nbd.remote tapcore.nbd.fit writelog.logstore \
  writelog.logstream writelog.logexport writelog.logconn writelog.server writelog.client
 tapcore.chain
 tapcore.vbd
-tapcore.nbd tapcore.control tapcore.control_server
+tapcore.nbd tapcore.control tapcore.control_server tapcore.map_reader tapcore.namelock
+tapcore.disk
+tapcore.pausing
 tapcore.engine writelog.replica_ writelog.sync_
 tapcore.tapdisk tapcore.tapctl writelog.cli writelog.replica writelog.sync
 """.strip().splitlines()

@@ -247,6 +247,8 @@ class Sync:
             return
         if self.interrupted:
             raise Interrupted
+        if self._watch is None:
+            self._source.keep_hold()
         paused_s = time.monotonic() - self._watch.start_s if self._watch is not None else None
         if paused_s is None and self._limits.max_time_s is None:
             return

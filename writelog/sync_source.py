@@ -9,10 +9,11 @@ import contextlib
 import errno
 import fcntl
 import os
+import time
 from pathlib import Path
 from typing import Any, Final
 
-from tapcore.control import ControlClient, find_disk
+from tapcore.control import MAX_TIME_S, ControlClient, find_disk
 from tapcore.errors import ReplicationError, UsageError, WritelogError
 from tapcore.request import STATUS_ZERO
 from writelog.client import LogClient
@@ -22,6 +23,8 @@ MAP_MIN_BYTES: Final = 1 << 20
 """Extents shorter than this are read without asking the map: that costs as much."""
 MAP_MAX_BYTES: Final = 1 << 30
 """Asked of one call."""
+HOLD_MARGIN_S: Final = 5.0
+"""What a hold lasts beyond the pause that is meant: then the tapdisk takes this process for stopped."""
 
 
 class Source:
@@ -32,6 +35,8 @@ class Source:
         self.name = name
         self.paused = False
         self.handed_over = False
+        self._hold_s = self._held_s = 0.0
+        """How long a hold lasts, and when it was last asked for."""
         self._run_dir = run_dir
         self._leases: set[int] = set()
         self._control: ControlClient = find_disk(run_dir, name)
@@ -168,11 +173,22 @@ class Source:
 
     def pause(self, timeout_s: float) -> None:
         """Hold the guest's requests back; nothing is in flight afterwards. ControlError if that takes longer than
-        `timeout_s`: then the connection that holds the guest is closed, and it goes on."""
+        `timeout_s`: then the connection that holds the guest is closed, and it goes on. So it does when the hold
+        is not kept up by `keep_hold` and `timeout_s` and a margin have passed."""
+        self._hold_s = min(timeout_s + HOLD_MARGIN_S, MAX_TIME_S)
         usual_s, self._control.timeout_s = self._control.timeout_s, timeout_s
-        self._control.call("pause", disk=self.name, hold=True)
+        self._hold()
         self._control.timeout_s = usual_s
         self.paused = True
+
+    def keep_hold(self) -> None:
+        """Hold a guest that is held for longer. ControlError if it has gone on already."""
+        if self.paused and time.monotonic() > self._held_s + self._hold_s / 2:
+            self._hold()
+
+    def _hold(self) -> None:
+        self._held_s = time.monotonic()
+        self._control.call("pause", disk=self.name, hold=True, hold_s=self._hold_s)
 
     def resume(self) -> None:
         """Let the guest go on, unless the disk was handed over."""

@@ -26,7 +26,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from tapcore.driver import Driver, Env, Filter, OpenFlag
+from tapcore.driver import Driver, Env, Filter, OpenFlag, leaf_of
 from tapcore.errors import LogError
 from tapcore.request import Request
 from writelog.bitmap import DEFAULT_GRANULARITY_BYTES, check_granularity
@@ -56,7 +56,7 @@ class Log(Filter):
 
     def open(self) -> None:
         """LogError if the log is in use, or its memory or socket cannot be had."""
-        leaf = _leaf(self.next)
+        leaf = leaf_of(self.next)
         self.log_name = check_name(self._given_name or _name_from(leaf))
         if self.flags & OpenFlag.QUERY:
             return
@@ -159,13 +159,6 @@ def _parse(params: str) -> tuple[str, int]:
                            hint="for example log:NAME,granularity=65536")
         granularity_bytes = check_granularity(int(value))
     return given, granularity_bytes
-
-
-def _leaf(level: Driver) -> Driver:
-    """The level at the bottom of the chain: the image."""
-    while isinstance(level, Filter):
-        level = level.next
-    return level
 
 
 def _identity(leaf: Driver) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from support import LoopThread, Manual
 
-from tapcore import control_server, engine, unixsocket
+from tapcore import control_server, map_reader, unixsocket
 from tapcore.control import MAX_REQUEST_BYTES, ControlClient
 from tapcore.driver import Env, OpenFlag
 from tapcore.engine import Engine, default_name
@@ -472,6 +472,49 @@ def test_a_disk_that_was_handed_over_stays_paused_and_fenced(rig: Rig) -> None:
     assert rig.control.call("info", disk="disk")["fenced"] is None
 
 
+# Holds that last too long
+
+def test_a_hold_ends_with_its_time(rig: Rig) -> None:
+    nbd, raw = rig.nbd(), rig.raw()
+    assert raw.ask("pause", disk="disk", hold=True, hold_s=0.01) == {"state": "paused"}
+    handle = nbd.submit(wire.NBD_CMD_WRITE, 0, 4, b"aaaa")
+    rig.until_pending(1)
+    rig.finish()
+    assert nbd.wait()[:2] == (handle, 0)
+    for op, params in (("handover", {"to": "b"}), ("pause", {"hold": True})):
+        assert "ran out, and the guest has gone on" in raw.ask(op, disk="disk", **params)
+    assert raw.ask("unpause", disk="disk") == {"state": "running"}
+    assert raw.ask("pause", disk="disk", hold=True, hold_s=1000) == {"state": "paused"}
+    assert "handed over" in raw.ask("handover", disk="disk", to="b")["fenced"]
+    assert rig.engine.disks["disk"].hold_timer is None
+    nbd.close()
+
+
+def test_a_hold_can_be_made_longer(rig: Rig) -> None:
+    raw = rig.raw()
+    timers = []
+    for limit in ({"hold_s": 1000}, {"hold_s": 1000}, {}):
+        raw.ask("pause", disk="disk", hold=True, **limit)
+        timers.append(rig.loop.call(lambda: rig.engine.disks["disk"].hold_timer))
+    first, second, third = timers
+    assert first is not None and second is not None and third is None
+    assert first.callback is None and second.callback is None and rig.state() == "paused"
+
+
+def test_who_held_too_long_does_not_end_the_pause_of_others(rig: Rig) -> None:
+    raw = rig.raw()
+    raw.ask("pause", disk="disk", hold=True, hold_s=0.01)
+    rig.until_state("running")
+    rig.control.call("pause", disk="disk")
+    assert raw.ask("unpause", disk="disk") == {"state": "paused"}
+
+
+def test_a_time_that_makes_no_sense(rig: Rig) -> None:
+    for hold_s in (0, -1, "1", True, 1e30):
+        refused(rig, "pause", "'hold_s' must be seconds", disk="disk", hold=True, hold_s=hold_s)
+    refused(rig, "pause", "goes with hold", disk="disk", hold_s=1)
+
+
 # Another chain
 
 
@@ -534,8 +577,8 @@ def test_a_holder_that_dies_while_the_chain_is_replaced(rig: Rig, works: bool) -
 
 
 def test_the_map_is_complete_in_pages(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "MAP_MAX_EXTENTS", 10)
-    monkeypatch.setattr(engine, "MAP_STEP_BYTES", 24 << 10)
+    monkeypatch.setattr(map_reader, "MAP_MAX_EXTENTS", 10)
+    monkeypatch.setattr(map_reader, "MAP_STEP_BYTES", 24 << 10)
     rig.control.call("open", chain="striped:409600", name="striped")
     extents: list[list[int]] = []
     at: int | None = 1000
@@ -551,7 +594,7 @@ def test_the_map_is_complete_in_pages(rig: Rig, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_neighbours_of_one_kind_are_one_extent(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "MAP_STEP_BYTES", 4096)
+    monkeypatch.setattr(map_reader, "MAP_STEP_BYTES", 4096)
     rig.control.call("open", chain="ram:1M", name="ram")
     assert rig.control.call("map", disk="ram") == {"extents": [[0, 1 << 20, 0]], "next": None}
     assert rig.control.call("map", disk="ram", offset=1 << 20) == {"extents": [], "next": None}

@@ -97,3 +97,32 @@ def test_killed_at_a_step(
     assert rig.guest_goes_on()
     if kind is not Hello:
         assert lost_blocks(rig, script.memory) == []
+
+
+def test_stopped_in_the_pause(rig: Rig, script: Script) -> None:
+    """The guest goes on without it; the sync that is continued finds that out and switches over later."""
+    play = script._play
+    barriers: list[Message] = []
+    run = ("import sys; from writelog import sync, sync_source; sync_source.HOLD_MARGIN_S = 0.2; "
+           "sys.exit(sync.main())")
+    command = [sys.executable, "-c", run, "--run-dir", str(rig.env.run_dir), "--max-pause", "1", "--peer-timeout",
+               str(WAIT_S), "vm1", script.endpoint]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as sync:
+
+        def stop_first(message: Barrier) -> Message | None:
+            if not barriers:
+                sync.send_signal(signal.SIGSTOP)
+            barriers.append(message)
+            return play(message, None)
+
+        script.on[Barrier] = stop_first
+        while not barriers:
+            assert sync.poll() is None
+            threading.Event().wait(0.01)
+        with rig.guest() as guest:
+            guest.write(BLOCK_BYTES, b"alive")
+        assert rig.info()["holder"] is None
+        sync.send_signal(signal.SIGCONT)
+        assert sync.wait(3 * WAIT_S) == 0
+    assert len(barriers) > 1
+    assert rig.info()["fenced"] and rig.image.read_bytes() == script.memory

@@ -1,0 +1,223 @@
+"""Pausing, holding, handing over: the ops of the control protocol that stop a disk and let it go on.
+
+Who wants a disk paused, and what follows:
+
+    pinned    a plain `pause`, or a hand-over     until `unpause`
+    holder    the connection of `pause` + hold    until its `unpause` or `handover`, it ends, or its time is over
+    closing   `close` or a shutdown               it does not run again
+
+A disk runs when none of these is left. A connection that ends takes its hold with it, whatever ended it, and a
+hold with a time limit ends with that: a program that dies, stops or hangs while it holds a disk does not leave a
+guest waiting. A hand-over is answered when the fence beside the image (tapcore.fence) is on the disk; from the
+moment it is asked for nothing lets the disk go on. Who opens an image that has a fence finds its disk paused.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from tapcore import fence
+from tapcore.control_server import Call, Connection
+from tapcore.disk import Disk
+from tapcore.driver import Env
+from tapcore.errors import ControlError, WritelogError
+from tapcore.vbd import PAUSED, RUNNING
+
+logger = logging.getLogger(__name__)
+
+
+class Pausing:
+    """`disks` are the engine's, `find` gives the one that a call names or raises ControlError."""
+
+    def __init__(self, env: Env, disks: dict[str, Disk], find: Callable[[Call], Disk]) -> None:
+        self._env = env
+        self._disks = disks
+        self._find = find
+
+    def pause(self, call: Call) -> None:
+        disk = self._find(call)
+        hold = call.params.get("hold", False)
+        if "hold_s" in call.params and not hold:
+            raise ControlError("hold_s goes with hold", errno=errno.EINVAL)
+        if hold:
+            self._check_may_hold(disk, call.connection)
+
+        def paused() -> None:
+            if disk.vbd.state == PAUSED:
+                call.finish({"state": PAUSED})
+            else:
+                call.fail(ControlError(f"disk {disk.name!r} was to go on, or to close, before it had paused",
+                                       errno=errno.ECANCELED))
+
+        disk.vbd.pause(paused)
+        if hold:
+            self._hold(disk, call.connection, call.params.get("hold_s"))
+        else:
+            disk.pinned = True
+
+    def _check_may_hold(self, disk: Disk, connection: Connection) -> None:
+        if disk.holder not in (None, connection):
+            raise held(disk)
+        if connection.ended:
+            raise ControlError("the connection that is to hold the disk has ended", errno=errno.ENOTCONN)
+        _check_not_overdue(disk, connection)
+
+    def _hold(self, disk: Disk, connection: Connection, limit_s: float | None) -> None:
+        """Make `connection` the holder, for `limit_s` seconds from now on if there is such a limit."""
+        def overdue() -> None:
+            logger.warning("%s: %s has held it for longer than it wanted to", disk.name, connection.peer)
+            disk.let_go()
+            disk.overdue = connection
+            self.settle(disk)
+
+        disk.let_go()
+        disk.holder = connection
+        if limit_s is not None:
+            disk.hold_timer = self._env.loop.call_later(limit_s, overdue)
+
+    def unpause(self, call: Call) -> dict[str, Any] | None:
+        disk = self._find(call)
+        vbd = disk.vbd
+        force = call.params.get("force", False)
+        own = disk.holder is call.connection and not force
+        if disk.handing_over:
+            raise _being_handed_over(disk)
+        if vbd.fenced and not force:
+            raise _fenced(disk)
+        if disk.holder is not None and not own and not force:
+            raise held(disk)
+        if disk.overdue is call.connection and not force:
+            disk.overdue = None
+            if "chain" not in call.params:
+                return {"state": vbd.state}
+
+        def go_on(error: WritelogError | None = None) -> None:
+            try:
+                if error is not None:
+                    raise error
+                self._let_go(disk, own, force)
+                call.finish({"state": vbd.state})
+            except WritelogError as failure:
+                call.fail(failure)
+                self.settle(disk)
+
+        def replaced(error: WritelogError | None = None) -> None:
+            image = disk.image
+            if error is None and not force:
+                disk.heed_fence()
+                error = _fenced(disk) if vbd.fenced else None
+            if error is None and force and image is not None:
+                self._in_worker(lambda: fence.clear(image), go_on)
+            else:
+                go_on(error)
+
+        if "chain" in call.params:
+            vbd.replace_chain(call.params["chain"], replaced)
+        elif force:
+            replaced()
+        else:
+            self._let_go(disk, own, force)
+            return {"state": vbd.state}
+        return None
+
+    def _let_go(self, disk: Disk, own: bool, force: bool) -> None:
+        """End the connection's `own` hold, or else every reason for a pause, and let the disk go on if none is
+        left. ControlError if it cannot, with nothing changed."""
+        if disk.vbd.state != RUNNING and not (own and disk.pinned):
+            disk.vbd.resume()
+        disk.let_go()
+        if not own:
+            disk.pinned = False
+        if force:
+            disk.vbd.fenced = None
+
+    def settle(self, disk: Disk) -> None:
+        """Let a disk go on that nobody wants paused any more."""
+        if disk.pinned or disk.holder is not None or disk.closing or disk.vbd.state == RUNNING:
+            return
+        try:
+            disk.vbd.resume()
+        except ControlError as error:
+            logger.error("%s: cannot go on: %s", disk.name, error)
+
+    def release(self, connection: Connection) -> None:
+        """A connection has ended, and with it what it held."""
+        for disk in self._disks.values():
+            if disk.overdue is connection:
+                disk.overdue = None
+            if disk.holder is connection:
+                logger.warning("%s: %s, which held it, has gone", disk.name, connection.peer)
+                disk.let_go()
+                self.settle(disk)
+
+    # Handing over
+
+    def handover(self, call: Call) -> None:
+        disk = self._find(call)
+        vbd = disk.vbd
+        _check_not_overdue(disk, call.connection)
+        if disk.handing_over:
+            raise _being_handed_over(disk)
+        if disk.holder is not call.connection or vbd.state != PAUSED:
+            raise ControlError(f"disk {disk.name!r} is not held by this connection", errno=errno.EPERM,
+                               hint="pause it with hold first")
+        if vbd.fenced:
+            raise ControlError(f"disk {disk.name!r} was {vbd.fenced} already", errno=errno.EPERM)
+        why, image, was_pinned = f"handed over to {call.params['to']}", disk.image, disk.pinned
+        disk.handing_over = disk.pinned = True
+
+        def recorded(error: WritelogError | None) -> None:
+            disk.handing_over = False
+            if error is not None:
+                disk.pinned = was_pinned
+                call.fail(error)
+                self.settle(disk)
+                return
+            disk.let_go()
+            disk.overdue = None
+            vbd.fenced = why
+            logger.warning("%s: %s", disk.name, why)
+            call.finish({"fenced": why})
+
+        if image is None:
+            recorded(None)
+        else:
+            self._in_worker(lambda: fence.write(image, why), recorded)
+
+    def _in_worker(self, action: Callable[[], None], done: Callable[[WritelogError | None], None]) -> None:
+        """`action()`, which blocks and may raise WritelogError, in a worker; then `done(error)`."""
+        outcome: list[WritelogError | None] = [ControlError("it failed: see the log of the tapdisk")]
+
+        def work() -> None:
+            try:
+                action()
+                outcome[0] = None
+            except WritelogError as error:
+                outcome[0] = error
+
+        self._env.workers.submit(work, lambda: done(outcome[0]))
+
+
+def _check_not_overdue(disk: Disk, connection: Connection) -> None:
+    if disk.overdue is connection:
+        raise ControlError(f"the hold of disk {disk.name!r} ran out, and the guest has gone on",
+                           errno=errno.ETIMEDOUT, hint="unpause it, then begin again")
+
+
+def _fenced(disk: Disk) -> ControlError:
+    return ControlError(f"disk {disk.name!r} was {disk.vbd.fenced}", errno=errno.EPERM,
+                        hint="writing to it again parts it from its copy: only by force, "
+                             f"with tap-ctl unpause --force {disk.name}")
+
+
+def _being_handed_over(disk: Disk) -> ControlError:
+    return ControlError(f"disk {disk.name!r} is being handed over", errno=errno.EBUSY)
+
+
+def held(disk: Disk) -> ControlError:
+    assert disk.holder is not None
+    return ControlError(f"disk {disk.name!r} is held by {disk.holder.peer}", errno=errno.EBUSY,
+                        hint="wait for it, or end it: the disk goes on then")
