@@ -44,7 +44,7 @@ class DirectFile(RawFile):
 
     def __init__(self, path: str, fd: int, size_bytes: int, *, is_device: bool, read_only: bool) -> None:
         super().__init__(path, fd, size_bytes, is_device=is_device, read_only=read_only)
-        self._mem_align_bytes, self.min_block_bytes = _alignment(path, fd, is_device)
+        self.memory_align_bytes, self.min_block_bytes = _alignment(path, fd, is_device)
         if size_bytes % self.min_block_bytes:
             raise ImageError(
                 f"its size, {size_bytes} bytes, is not a multiple of {self.min_block_bytes}, as O_DIRECT needs",
@@ -105,7 +105,7 @@ class DirectFile(RawFile):
 
     def _fits(self, iov: Sequence[memoryview], offset: int, length: int) -> bool:
         """Can the kernel take it as it is?"""
-        block_mask, memory_mask = self.min_block_bytes - 1, self._mem_align_bytes - 1
+        block_mask, memory_mask = self.min_block_bytes - 1, self.memory_align_bytes - 1
         if (offset | length) & block_mask:
             return False
         for view in iov:

@@ -75,6 +75,8 @@ class RawFile:
 
     open_flags: ClassVar[int] = 0
     size_unit_bytes: ClassVar[int] = SECTOR_BYTES
+    memory_align_bytes = 1
+    """What the address and length of each buffer must be a multiple of."""
 
     def __init__(self, path: str, fd: int, size_bytes: int, *, is_device: bool, read_only: bool) -> None:
         """Takes over `fd` if it returns. ImageError if the file cannot be used in this way."""

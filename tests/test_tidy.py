@@ -21,24 +21,78 @@ MAX_FILE_LINES = 500
 MAX_TEST_FILE_LINES = 800
 
 LAYERS = """
-tapcore tapcore.errors tapcore.layout tapcore.text writelog
-tapcore.request tapcore.loop tapcore.rundir tapcore.params tapcore.workers tapcore.stats \
- tapcore.unixsocket tapcore.durablefile tapcore.fence tapcore.nbd.wire tapcore.nbd.address \
- tapcore.nbd.client_codec tapcore.nbd.reply_decoder writelog.bitmap writelog.control \
- writelog.ring writelog.dirtymap writelog.wire writelog.plan writelog.shm
-tapcore.driver tapcore.writewatch tapcore.rawfile tapcore.imagelock tapcore.directio tapcore.formats \
- tapcore.drivers tapcore.nbd.link tapcore.nbd.remote tapcore.nbd.fit writelog.logstore \
- writelog.logstream writelog.logexport writelog.logconn writelog.server writelog.client
+tapcore
+tapcore.errors
+tapcore.layout
+tapcore.text
+writelog
+--
+tapcore.durablefile
+tapcore.fence
+tapcore.loop
+tapcore.nbd.address
+tapcore.nbd.client_codec
+tapcore.nbd.reply_decoder
+tapcore.nbd.wire
+tapcore.params
+tapcore.request
+tapcore.rundir
+tapcore.stats
+tapcore.unixsocket
+tapcore.workers
+writelog.bitmap
+writelog.control
+writelog.dirtymap
+writelog.plan
+writelog.ring
+writelog.shm
+writelog.wire
+--
+tapcore.directio
+tapcore.driver
+tapcore.drivers
+tapcore.formats
+tapcore.imagelock
+tapcore.nbd.fit
+tapcore.nbd.link
+tapcore.nbd.remote
+tapcore.rawfile
+tapcore.ringfile
+tapcore.uring
+tapcore.writewatch
+writelog.client
+writelog.logconn
+writelog.logexport
+writelog.logstore
+writelog.logstream
+writelog.server
+--
 tapcore.chain
+--
 tapcore.vbd
-tapcore.nbd tapcore.control tapcore.control_server tapcore.map_reader tapcore.namelock
+--
+tapcore.control
+tapcore.control_server
+tapcore.map_reader
+tapcore.namelock
+tapcore.nbd
+--
 tapcore.disk
+--
 tapcore.pausing
-tapcore.engine writelog.replica_ writelog.sync_
-tapcore.tapdisk tapcore.tapctl writelog.cli writelog.replica writelog.sync
-""".strip().splitlines()
-"""Lowest first; a name ending in '_', or a package, stands for all that begins with it. A module imports from its
-own layer and those before it."""
+--
+tapcore.engine
+writelog.replica_
+writelog.sync_
+--
+tapcore.tapctl
+tapcore.tapdisk
+writelog.cli
+writelog.replica
+writelog.sync
+"""
+"""Lowest first, with -- in between; a name ending in '_', or a package, stands for all that begins with it. A module
+imports from its own layer and those before it."""
 
 PURE = [
     "tapcore.nbd.wire", "tapcore.nbd.negotiate", "tapcore.nbd.status", "tapcore.nbd.session",
@@ -59,7 +113,7 @@ def module_name(path: Path) -> str:
 
 def layer_of(module: str) -> int:
     best, found = -1, -1
-    for number, names in enumerate(LAYERS):
+    for number, names in enumerate(LAYERS.split("--")):
         for name in names.split():
             matches = module == name or (name.endswith("_") and module.startswith(name)) or (
                 module.startswith(name + ".") and name not in PACKAGES)

@@ -13,12 +13,13 @@ The file is locked as QEMU does it: two programs do not write one image.
 
 What runs where, without `direct`:
 
-    read                the loop's thread if the page cache has it (RWF_NOWAIT), else a worker
+    read                the loop's thread if the page cache has it (RWF_NOWAIT), else io_uring
     write               the loop's thread, into the page cache; a worker while writes are seen to stall
     flush, FUA, others  a worker; flushes that wait together share one fdatasync, begun after the last was queued
     BACKGROUND          a worker, always
 
-With `direct` all of it is for workers.
+With `direct` reads and writes go through io_uring, all else is for workers. So is what it cannot take: where the
+kernel has no io_uring, and reads of other offsets, lengths or memory than the file asks for.
 
 Limits: the file's size is a multiple of 512 bytes, with `direct` of its alignment (mostly 512 or 4096). When a
 flush has failed all later ones fail too, until the image is opened again: the kernel has forgotten what it could
@@ -36,6 +37,7 @@ from tapcore.driver import Driver
 from tapcore.params import path_params
 from tapcore.rawfile import RawFile
 from tapcore.request import DISCARD, WRITE, ZEROES, Request
+from tapcore.ringfile import FileRing
 from tapcore.writewatch import WriteWatch
 
 _preadv, _pwritev = os.preadv, os.pwritev
@@ -57,13 +59,15 @@ class Aio(Driver):
         self._watch = WriteWatch()
         self._writes_inline = not direct and not self._file.read_only
         self._gate = WriteGate(self._file.min_block_bytes) if direct else None
+        self._ring = FileRing(self.env.loop, self._file, self._ring_ended)
         self._late: list[tuple[Request, int]] = []
-        """Queued for workers, with the number of bytes that are done already."""
+        """Not done at once, with the number of bytes that are done already."""
         self._flushes: list[Request] = []
         self._syncing: list[Request] = []
         self._sync_errno = 0
 
     def close(self) -> None:
+        self._ring.close()
         self._file.close()
 
     # The loop's thread: queueing
@@ -114,12 +118,23 @@ class Aio(Driver):
             for request, start in late:
                 if gate is None or request.op not in (WRITE, DISCARD, ZEROES) or gate.enter(request):
                     self._start(request, start)
+            self._ring.submit()
         if self._flushes and not self._syncing:
             self._start_sync()
 
-    # Workers, and back
+    # On their way, and back
 
     def _start(self, request: Request, start: int = 0) -> None:
+        if not self._ring.begin(request):
+            self._hire(request, start)
+
+    def _ring_ended(self, request: Request, done: bool) -> None:
+        if done:
+            self._finish(request)
+        else:
+            self._hire(request, 0)
+
+    def _hire(self, request: Request, start: int) -> None:
         self.env.workers.submit(partial(self._work, request, start), partial(self._finish, request))
 
     def _work(self, request: Request, start: int) -> None:
@@ -130,6 +145,7 @@ class Aio(Driver):
         if self._gate is not None and request.op in (WRITE, DISCARD, ZEROES):
             for waiting in self._gate.leave(request):
                 self._start(waiting)
+            self._ring.submit()
         request.done(request)
 
     def _start_sync(self) -> None:

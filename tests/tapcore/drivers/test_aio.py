@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 import pytest
 from contract.runner import Runner
 
-from tapcore import writewatch
+from tapcore import ringfile, writewatch
 from tapcore.driver import Env, OpenFlag
 from tapcore.drivers import aio as aio_module
 from tapcore.drivers.aio import Aio
@@ -63,20 +63,21 @@ def test_what_the_page_cache_has_is_read_at_once(disk: Runner) -> None:
     assert (disk.early, disk.late) == (1, 0)
 
 
-def test_what_it_has_not_is_read_by_a_worker(disk: Runner, image: Path) -> None:
+def test_what_it_has_not_is_read_late(disk: Runner, image: Path) -> None:
     if not evict(image):
         pytest.skip("the page cache does not let go")
     assert disk.read(0, SIZE) == bytes(range(256)) * (SIZE // 256)
     assert (disk.early, disk.late) == (0, 1)
 
 
-def test_of_a_read_that_the_cache_has_in_part_the_rest_is_for_a_worker(
+def test_without_a_ring_the_rest_of_a_read_that_the_cache_has_in_part_is_for_a_worker(
     disk: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def in_part(fd: int, iov: Sequence[memoryview], offset: int, flags: int) -> int:
         return os.preadv(fd, [iov[0][:1000]], offset, flags)
 
     monkeypatch.setattr(aio_module, "_preadv", in_part)
+    monkeypatch.setattr(ringfile, "open_ring", lambda loop: None)
     rest: list[int] = []
     real = os.preadv
 
