@@ -91,8 +91,8 @@ writelog.cli
 writelog.replica
 writelog.sync
 """
-"""Lowest first, with -- in between; a name ending in '_', or a package, stands for all that begins with it. A module
-imports from its own layer and those before it."""
+"""Lowest first, with -- in between; a name ending in '_', or a package, stands for all that begins with it. A
+module imports from its own layer and those before it."""
 
 PURE = [
     "tapcore.nbd.wire", "tapcore.nbd.negotiate", "tapcore.nbd.status", "tapcore.nbd.session",
