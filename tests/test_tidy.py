@@ -100,7 +100,7 @@ PURE = [
     "writelog.wire", "writelog.plan", "writelog.ring",
     "writelog.control", "writelog.dirtymap", "writelog.bitmap", "tapcore.formats.extents",
     "tapcore.formats.tables", "tapcore.formats.qcow2.layout", "tapcore.formats.qcow2.mapping",
-    "tapcore.formats.qcow2.packed", "tapcore.formats.qcow2.refcounts",
+    "tapcore.formats.qcow2.packed", "tapcore.formats.qcow2.refcounts", "tapcore.formats.qcow2.subclusters",
 ]
 """Codecs and algorithms: bytes or state in, bytes or decisions out."""
 IMPURE_IMPORTS = {"socket", "zmq", "posix_ipc", "select", "threading", "subprocess", "time"}

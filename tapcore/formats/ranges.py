@@ -80,10 +80,19 @@ class Range(Flight):
             return self._zeroes(stop - cursor), None if request.op == DISCARD else writer.zero_by_writing
         if request.op == ZEROES and writer.writes_zeroes(request):
             return self._zeroes(min(whole_end - cursor, MAX_ZEROES_WRITTEN)), writer.zero_by_writing
-        table_end = (cursor | writer.table_bytes - 1) + 1
-        length = min(whole_end, table_end, cursor + MAX_UNITS_CHANGED * writer.unit_bytes) - cursor
+        length = self._pieces_end(whole_end) - cursor
         flags = request.flags & (BACKGROUND | NO_HOLE)
         return Request(request.op, cursor, length, flags=flags, done=self._part_done), writer.change_pieces
+
+    def _pieces_end(self, end: int) -> int:
+        """Where the next part ends: it is less than a unit, or whole units of one table."""
+        cursor, unit_bytes = self._cursor, self._writer.unit_bytes
+        if cursor % unit_bytes or cursor + unit_bytes > end:
+            return min(end, (cursor | unit_bytes - 1) + 1)
+        table_end = (cursor | self._writer.table_bytes - 1) + 1
+        if end < self._writer.driver.info.size_bytes:
+            end &= -unit_bytes
+        return min(end, table_end, cursor + MAX_UNITS_CHANGED * unit_bytes)
 
     def _zeroes(self, length: int) -> Request:
         flags = self._request.flags & BACKGROUND

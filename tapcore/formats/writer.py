@@ -42,6 +42,10 @@ Piece = tuple[int, list[memoryview], int]
 """(host, buffers, length)."""
 
 
+class MustWriteError(Exception):
+    """A zeroing cannot be done by the mapping; raised by `plan_range` for a part of one unit."""
+
+
 class Unit:
     """What one request does to one unit whose mapping changes: the guest range [start, stop) of it becomes the
     file's. Of a write, what of that range it does not cover is copied; `stop` may be past the disk's end.
@@ -111,7 +115,8 @@ class Writer(ABC):
     def plan_range(self, request: Request, guest: int, first: int, last: int) -> Unit | None:
         """How [first, last) of the unit at `guest`, whole pieces or up to the disk's end, is to be zeroed or
         discarded, as `request` says. None: nothing changes. A Unit with a host: its range is zeroed or discarded
-        in the file before `map`. TableMiss, ImageError."""
+        in the file before `map`. TableMiss, ImageError; MustWriteError, of less than a unit alone: zeroes are
+        written."""
 
     def writes_zeroes(self, request: Request) -> bool:
         """Must zeroes be written, because `plan_range` cannot zero whole pieces of `request`?"""
@@ -178,6 +183,9 @@ class Writer(ABC):
             return False
         except ImageError as error:
             return driver.complain(request, error)
+        except MustWriteError:
+            request.op, request.iov = WRITE, zero_views(request.length)
+            return self.zero_by_writing(request)
         if holder is not None:
             holder.waiting.append(resume)
             return False

@@ -51,11 +51,15 @@ CHAINS = {
     "log": "log:contract|aio:{disk}",
     "verify": "verify:|aio:{disk}",
     "qcow2": "qcow2:{disk}",
+    "qcow2-subclusters": "qcow2:{disk}",
     "stack": "verify:block=4096|delay:write=0.1|verify:|error:op=status,count=0|ram:" + str(SIZE),
 }
 LEAVES = ("aio", "aio-tmpfs", "aio-direct", "aio-direct-tmpfs", "sync", "ram", "nbd-nbdkit", "nbd-blocks",
-          "nbd-qemu", "qcow2")
-FORMATS: dict[str, Callable[[Path], None]] = {"qcow2": lambda path: create_qcow2(str(path), SIZE)}
+          "nbd-qemu", "qcow2", "qcow2-subclusters")
+FORMATS: dict[str, Callable[[Path], None]] = {
+    "qcow2": lambda path: create_qcow2(str(path), SIZE),
+    "qcow2-subclusters": lambda path: create_qcow2(str(path), SIZE, extended_l2=True),
+}
 """How the image of a leaf that is not raw is made."""
 PERSISTENT = [name for name in CHAINS if "ram" not in CHAINS[name]]
 

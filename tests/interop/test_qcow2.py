@@ -19,7 +19,8 @@ OPTIONS = [
     "compat=1.1", "compat=0.10", "compat=1.1,cluster_size=512,refcount_bits=1", "compat=1.1,cluster_size=2M",
     "compat=1.1,cluster_size=4k,refcount_bits=64", "compat=1.1,cluster_size=1k,refcount_bits=2",
     "compat=1.1,lazy_refcounts=on,refcount_bits=8", "compat=1.1,preallocation=metadata",
-    "compat=0.10,cluster_size=1k",
+    "compat=0.10,cluster_size=1k", "extended_l2=on", "extended_l2=on,cluster_size=16k",
+    "extended_l2=on,cluster_size=2M,refcount_bits=64", "extended_l2=on,cluster_size=32k,preallocation=metadata",
 ]
 
 
@@ -113,7 +114,8 @@ def test_images_made_there(env: Env, tmp_path: Path, options: str) -> None:
 
 @pytest.mark.parametrize("options", [
     {}, {"version": 2}, {"cluster_bits": 9, "refcount_bits": 1}, {"cluster_bits": 9, "refcount_bits": 64},
-    {"cluster_bits": 21, "refcount_bits": 32}, {"lazy_refcounts": True}, {"compression": "zstd"}])
+    {"cluster_bits": 21, "refcount_bits": 32}, {"lazy_refcounts": True}, {"compression": "zstd"},
+    {"extended_l2": True}, {"extended_l2": True, "cluster_bits": 14}, {"extended_l2": True, "cluster_bits": 21}])
 def test_images_made_here(env: Env, tmp_path: Path, options: dict[str, int]) -> None:
     path = tmp_path / "a.qcow2"
     create(str(path), SIZE, **options)  # type: ignore[arg-type]
@@ -121,7 +123,9 @@ def test_images_made_here(env: Env, tmp_path: Path, options: dict[str, int]) -> 
     Both(env, path, bytes(SIZE), options).turns()
 
 
-@pytest.mark.parametrize("options", ["compat=1.1", "compat=0.10,cluster_size=4k", "compat=1.1,cluster_size=512"])
+@pytest.mark.parametrize("options", [
+    "compat=1.1", "compat=0.10,cluster_size=4k", "compat=1.1,cluster_size=512", "extended_l2=on",
+    "extended_l2=on,cluster_size=16k"])
 @pytest.mark.parametrize("backing_bytes", [1 << 20, SIZE + (1 << 20)])
 @pytest.mark.parametrize("kind", ["raw", "qcow2"])
 def test_overlays(env: Env, tmp_path: Path, options: str, backing_bytes: int, kind: str) -> None:
@@ -139,14 +143,16 @@ def test_overlays(env: Env, tmp_path: Path, options: str, backing_bytes: int, ki
 
 
 @pytest.mark.parametrize("compression", ["zlib", "zstd"])
-@pytest.mark.parametrize("cluster_bytes", [4096, 65536])
-def test_compressed_clusters(env: Env, tmp_path: Path, compression: str, cluster_bytes: int) -> None:
+@pytest.mark.parametrize(("cluster_bytes", "extended_l2"), [(4096, "off"), (65536, "off"), (65536, "on")])
+def test_compressed_clusters(
+    env: Env, tmp_path: Path, compression: str, cluster_bytes: int, extended_l2: str
+) -> None:
     rng = random.Random(6)
     content = b"".join(bytes([rng.randrange(256)]) * 3000 + rng.randbytes(1096) for _ in range(SIZE // 4096))
     raw, path = tmp_path / "a.raw", tmp_path / "a.qcow2"
     raw.write_bytes(content)
     qemu("qemu-img", "convert", "-c", "-O", "qcow2", "-o",
-         f"compression_type={compression},cluster_size={cluster_bytes}", raw, path)
+         f"compression_type={compression},cluster_size={cluster_bytes},extended_l2={extended_l2}", raw, path)
     runner = Runner(env, f"qcow2:{path}", OpenFlag.RDONLY)
     assert runner.read(0, SIZE) == content
     assert b"".join(runner.read(at, 1000) for at in range(0, 99000, 1000)) == content[:99000]
@@ -154,9 +160,10 @@ def test_compressed_clusters(env: Env, tmp_path: Path, compression: str, cluster
     Both(env, path, content, (compression, cluster_bytes)).turns()
 
 
-def test_internal_snapshots_stay_as_they_are(env: Env, tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", ["cluster_size=4k", "cluster_size=16k,extended_l2=on"])
+def test_internal_snapshots_stay_as_they_are(env: Env, tmp_path: Path, options: str) -> None:
     path = tmp_path / "a.qcow2"
-    qemu("qemu-img", "create", "-q", "-f", "qcow2", "-o", "cluster_size=4k", path, SIZE)
+    qemu("qemu-img", "create", "-q", "-f", "qcow2", "-o", options, path, SIZE)
     both = Both(env, path, bytes(SIZE), "snapshots")
     both.write_there(30)
     taken: dict[str, bytes] = {}

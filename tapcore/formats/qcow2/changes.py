@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 
 class Qcow2Writer(Writer):
-    """Of one image. A unit's `entry` is its new L2 entry, 0 of one that is to be written at a new place."""
+    """Of one image. A unit's `entry` is its new L2 entry, of a write without the place: 0."""
 
     driver: Qcow2Driver
 
@@ -129,7 +129,7 @@ class Qcow2Writer(Writer):
     # Map
 
     def map(self, unit: Unit) -> None:
-        new = unit.entry if unit.host == NOWHERE else unit.host | COPIED
+        new = unit.entry if unit.host == NOWHERE else unit.host | COPIED | unit.entry
         former = self._mapping.set_entry(unit.guest, new)
         if (former ^ new) & OFFSET_MASK or former & COMPRESSED:
             place = self._mapping.packed_place(former) if former & COMPRESSED else None

@@ -35,8 +35,8 @@ from tapcore.formats.qcow2.layout import (
     Header,
 )
 from tapcore.formats.qcow2.load import load_header, load_refcounts
-from tapcore.formats.qcow2.mapping import Mapping
 from tapcore.formats.qcow2.refcounts import RefcountBlock, Refcounts, clusters_of
+from tapcore.formats.qcow2.subclusters import make_mapping
 from tapcore.formats.tools import Report
 
 MAX_TABLES_AT_ONCE: Final = 1 << 22
@@ -134,9 +134,9 @@ class Walk:
         data = self._load(offset, self.header.cluster_bytes)
         if not any(data):
             return
-        mapping = Mapping(self.header, array("Q"))
+        mapping = make_mapping(self.header, array("Q"))
         mapping.file_bytes = self.clusters << self.cluster_bits
-        for number, entry in enumerate(from_big_endian("Q", data)):
+        for number, entry in enumerate(mapping.entries(from_big_endian("Q", data))):
             if not entry:
                 continue
             what = f"L2 entry {number} of L1 entry {index} ({name})"

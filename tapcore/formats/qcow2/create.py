@@ -20,6 +20,7 @@ from tapcore.formats.qcow2.layout import (
     COMPRESSION_TYPE,
     COMPRESSIONS,
     EXT_BACKING_FORMAT,
+    EXTENDED_L2,
     EXTENSION,
     HEADER_V2,
     HEADER_V3,
@@ -31,6 +32,7 @@ from tapcore.formats.qcow2.layout import (
     MAX_L1_BYTES,
     MAX_REFCOUNT_TABLE_BYTES,
     MIN_CLUSTER_BITS,
+    MIN_SUBCLUSTERS_BITS,
 )
 from tapcore.formats.qcow2.refcounts import RefcountBlock
 
@@ -48,15 +50,19 @@ def create(
     refcount_bits: int = 16,
     lazy_refcounts: bool = False,
     compression: str = "zlib",
+    extended_l2: bool = False,
 ) -> None:
     """Make an empty image at `path`, durably. `backing` is written as it is given: relative to the image's folder,
     or absolute; `backing_format` is QEMU's name of its format. UsageError for what no image can be; ImageError if
     the file exists or cannot be written, and then no new file is left."""
     _check(size_bytes, version, cluster_bits, refcount_bits, compression)
-    if version == 2 and (lazy_refcounts or refcount_bits != 16 or compression != "zlib"):
-        raise UsageError("qcow2 version 2 has no lazy refcounts, no refcounts but of 16 bits, and zlib alone")
+    if version == 2 and (lazy_refcounts or refcount_bits != 16 or compression != "zlib" or extended_l2):
+        raise UsageError("qcow2 version 2 has no lazy refcounts, no extended L2 entries, no refcounts but of 16 "
+                         "bits, and zlib alone")
+    if extended_l2 and cluster_bits < MIN_SUBCLUSTERS_BITS:
+        raise UsageError(f"extended L2 entries need clusters of {1 << MIN_SUBCLUSTERS_BITS} bytes or more")
     cluster_bytes = 1 << cluster_bits
-    l1_size = -(-size_bytes >> (2 * cluster_bits - 3))
+    l1_size = -(-size_bytes >> (2 * cluster_bits - (4 if extended_l2 else 3)))
     if 8 * l1_size > MAX_L1_BYTES:
         raise UsageError(f"a disk of {size_bytes} bytes is too large for clusters of {cluster_bytes} bytes",
                          hint="choose larger clusters")
@@ -76,7 +82,7 @@ def create(
         size=size_bytes, cluster_bits=cluster_bits, l1_size=l1_size,
         l1_table_offset=(1 + table_clusters + blocks) * cluster_bytes, refcount_table_offset=cluster_bytes,
         refcount_table_clusters=table_clusters, refcount_order=refcount_bits.bit_length() - 1,
-        incompatible_features=COMPRESSION_TYPE if compression != "zlib" else 0,
+        incompatible_features=COMPRESSION_TYPE * (compression != "zlib") | EXTENDED_L2 * extended_l2,
         compatible_features=LAZY_REFCOUNTS if lazy_refcounts else 0,
         compression_type=COMPRESSIONS.index(compression))
     first_block = (1 + table_clusters) * cluster_bytes

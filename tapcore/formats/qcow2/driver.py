@@ -25,6 +25,8 @@ from tapcore.formats.qcow2.layout import (
 from tapcore.formats.qcow2.load import load_header, load_refcounts
 from tapcore.formats.qcow2.mapping import Mapping
 from tapcore.formats.qcow2.refcounts import REFCOUNTS
+from tapcore.formats.qcow2.subcluster_changes import SubclusterWriter
+from tapcore.formats.qcow2.subclusters import make_mapping
 from tapcore.formats.writable import WritableDriver
 from tapcore.params import path_params
 from tapcore.request import Request
@@ -53,13 +55,13 @@ class Qcow2Driver(WritableDriver):
         if not file.read_only:
             header = self.header = _prepare_for_writing(file, header)
         l1 = from_big_endian("Q", file.load(header.l1_table_offset, 8 * header.l1_size, "the L1 table"))
-        mapping = Mapping(header, l1)
+        mapping = make_mapping(header, l1)
         mapping.file_bytes = -(-file.size_bytes // header.cluster_bytes) * header.cluster_bytes
         self.start_reading(file, mapping)
         if not file.read_only:
             self.refcounts = load_refcounts(file, header)
             self.refcounts.protect(entry & OFFSET_MASK for entry in l1)
-            self.start_writing(Qcow2Writer(self))
+            self.start_writing(SubclusterWriter(self) if header.has_subclusters else Qcow2Writer(self))
         features = Feature.FLUSH | Feature.DISCARD | Feature.ZEROES | Feature.FAST_ZEROES | Feature.STATUS
         self.info = DiskInfo(header.size, features, preferred_block_bytes=header.cluster_bytes,
                              read_only=file.read_only)
@@ -85,8 +87,9 @@ class Qcow2Driver(WritableDriver):
         if within + request.length <= mapping.unit_bytes and not request.flags and self._reads_inline:
             table = mapping.tables.get(offset >> mapping.table_shift)
             if table is not None:
-                entry = table[offset >> mapping.cluster_bits & mapping.index_mask]
-                if not entry & mapping.not_plain and 0 < (host := entry & mapping.host_mask) < mapping.file_bytes:
+                entry = table[(offset >> mapping.cluster_bits & mapping.index_mask) << mapping.words_shift]
+                if (not entry & mapping.not_plain and 0 < (host := entry & mapping.host_mask) < mapping.file_bytes
+                        and (not mapping.words_shift or mapping.is_in_file(offset, request.length))):
                     mapping.tables.move_to_end(offset >> mapping.table_shift)
                     try:
                         if os.preadv(self._fd, request.iov, host + within, self._read_flags) == request.length:
@@ -102,9 +105,10 @@ class Qcow2Driver(WritableDriver):
         if within + length <= mapping.unit_bytes and not request.flags and self.writable:
             table = mapping.tables.get(offset >> mapping.table_shift)
             if table is not None:
-                entry = table[offset >> mapping.cluster_bits & mapping.index_mask]
+                entry = table[(offset >> mapping.cluster_bits & mapping.index_mask) << mapping.words_shift]
                 if (entry & COPIED and not entry & mapping.not_plain
                         and 0 < (host := entry & mapping.host_mask) < mapping.file_bytes
+                        and (not mapping.words_shift or mapping.is_in_file(offset, length))
                         and not self.distrusted and self.watch.allows(length)):
                     mapping.tables.move_to_end(offset >> mapping.table_shift)
                     if self.file.write_inline(request.iov, host + within) == length:

@@ -52,7 +52,7 @@ CORRUPT: Final = 1 << 1
 EXTERNAL_DATA: Final = 1 << 2
 COMPRESSION_TYPE: Final = 1 << 3
 EXTENDED_L2: Final = 1 << 4
-SUPPORTED: Final = DIRTY | CORRUPT | COMPRESSION_TYPE
+SUPPORTED: Final = DIRTY | CORRUPT | COMPRESSION_TYPE | EXTENDED_L2
 """Incompatible features that do not keep an image from being opened."""
 LAZY_REFCOUNTS: Final = 1 << 0
 AUTOCLEAR_BITMAPS: Final = 1 << 0
@@ -70,6 +70,8 @@ ENTRY_RESERVED: Final = ~(COPIED | COMPRESSED | ZERO_FLAG | OFFSET_MASK) & ((1 <
 
 MIN_CLUSTER_BITS: Final = 9
 MAX_CLUSTER_BITS: Final = 21
+MIN_SUBCLUSTERS_BITS: Final = 14
+"""The cluster_bits that extended L2 entries need."""
 MAX_REFCOUNT_ORDER: Final = 6
 MAX_L1_BYTES: Final = 32 << 20
 MAX_REFCOUNT_TABLE_BYTES: Final = 8 << 20
@@ -81,7 +83,7 @@ MAX_BITMAP_DIRECTORY_BYTES: Final = 64 << 20
 """Limits that QEMU has too; no number of an image is used before it was held against one of them."""
 
 _CRYPT_METHODS = {1: "AES", 2: "LUKS"}
-_KNOWN_BITS = {EXTERNAL_DATA: "external data file", EXTENDED_L2: "extended L2 entries"}
+_KNOWN_BITS = {EXTERNAL_DATA: "external data file"}
 
 
 @dataclass
@@ -114,9 +116,18 @@ class Header:
     def refcount_block_entries(self) -> int:
         return 8 * self.cluster_bytes >> self.refcount_order
 
+    @property
+    def has_subclusters(self) -> bool:
+        return bool(self.incompatible_features & EXTENDED_L2)
+
+    @property
+    def l2_entry_bits(self) -> int:
+        """The size of an L2 entry in bytes is 1 << this."""
+        return 4 if self.has_subclusters else 3
+
     def l1_size_needed(self) -> int:
         """Entries of the L1 table that cover the disk."""
-        return -(-self.size >> (2 * self.cluster_bits - 3))
+        return -(-self.size >> (2 * self.cluster_bits - self.l2_entry_bits))
 
 
 def parse_header(path: str, data: bytes, file_bytes: int) -> Header:
@@ -216,6 +227,9 @@ def _check_numbers(path: str, header: Header, file_bytes: int) -> None:
     compression, is_other = header.compression_type, bool(header.incompatible_features & COMPRESSION_TYPE)
     if compression >= len(COMPRESSIONS) or bool(compression) != is_other:
         _refuse(path, f"compression_type {compression} is unknown, or its feature bit does not fit", 104)
+    if header.has_subclusters and header.cluster_bits < MIN_SUBCLUSTERS_BITS:
+        _refuse(path, f"cluster_bits {header.cluster_bits} is less than {MIN_SUBCLUSTERS_BITS}, which extended L2 "
+                "entries need", 20)
     if header.size % 512 or header.size > 1 << 62:
         _refuse(path, f"size {header.size} is not a multiple of 512, or absurd", 24)
     if header.l1_size * 8 > MAX_L1_BYTES:

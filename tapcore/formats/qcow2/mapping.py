@@ -8,6 +8,7 @@ Specification: https://www.qemu.org/docs/master/interop/qcow2.html
 from __future__ import annotations
 
 from array import array
+from collections.abc import Iterable
 from typing import Final
 
 from tapcore.errors import ImageError
@@ -36,13 +37,16 @@ L2: Final = "L2 table"
 class Mapping:
     """The active L1 table and its cached L2 tables, by L1 index. Changed tables stay until they were written."""
 
+    words_shift = 0
+    """An L2 entry has 1 << this words."""
+
     def __init__(self, header: Header, l1: array[int]) -> None:
         self.header = header
         self.l1 = l1
         self.unit_bytes = header.cluster_bytes
         self.cluster_bits = header.cluster_bits
-        self.table_shift = 2 * header.cluster_bits - 3
-        self.index_mask = (1 << header.cluster_bits - 3) - 1
+        self.table_shift = 2 * header.cluster_bits - header.l2_entry_bits
+        self.index_mask = (1 << header.cluster_bits - header.l2_entry_bits) - 1
         self.host_mask = OFFSET_MASK & -header.cluster_bytes
         self.reserved = ENTRY_RESERVED | (ZERO_FLAG if header.version < 3 else 0)
         self.not_plain = ~(self.host_mask | COPIED) & ((1 << 64) - 1)
@@ -117,6 +121,19 @@ class Mapping:
         """The L2 entry of the cluster at the guest offset `offset`. TableMiss, ImageError."""
         table = self.table(offset >> self.table_shift)
         return 0 if table is None else table[offset >> self.cluster_bits & self.index_mask]
+
+    def entries(self, table: array[int]) -> Iterable[int]:
+        """The L2 entries of a table."""
+        return table
+
+    def is_in_file(self, offset: int, length: int) -> bool:
+        """Is this part of one cluster, whose table is cached and which has a place, in the file for certain?"""
+        return True
+
+    @staticmethod
+    def has_host(entry: int) -> bool:
+        """Has the cluster of this L2 entry a place in the file?"""
+        return bool(entry & OFFSET_MASK)
 
     def install(self, miss: TableMiss, data: bytes) -> None:
         if miss.index not in self.tables and self.l1[miss.index] & OFFSET_MASK == miss.host:

@@ -26,6 +26,7 @@ class Qcow2Tools(ImageTools):
         "cluster_size": "512 to 2M (64K)",
         "refcount_bits": "1, 2, 4, 8, 16, 32 or 64 (16)",
         "lazy_refcounts": "on or off (off)",
+        "extended_l2": "on or off (off): subclusters, for large clusters over a backing file",
         "compression": "zlib or zstd, of clusters that are written compressed (zlib)",
     }
 
@@ -38,16 +39,14 @@ class Qcow2Tools(ImageTools):
         cluster_bytes = parse_size("cluster_size", options.get("cluster_size", "64K"))
         if cluster_bytes & (cluster_bytes - 1) or not cluster_bytes:
             raise UsageError(f"cluster_size {cluster_bytes} is not a power of two")
-        lazy = options.get("lazy_refcounts", "off")
-        if lazy not in ("on", "off"):
-            raise UsageError(f"lazy_refcounts {lazy!r} is neither on nor off")
+        switches = {name: _switch(name, options.get(name, "off")) for name in ("lazy_refcounts", "extended_l2")}
         names = {driver: name for name, driver in reversed(FORMATS.items())}
         create(
             path, size_bytes,
             backing=backing.path if backing else None, backing_format=names[backing.driver] if backing else None,
             version=whole("version", options.get("version", "3")), cluster_bits=cluster_bytes.bit_length() - 1,
-            refcount_bits=whole("refcount_bits", options.get("refcount_bits", "16")), lazy_refcounts=lazy == "on",
-            compression=options.get("compression", "zlib"))
+            refcount_bits=whole("refcount_bits", options.get("refcount_bits", "16")),
+            compression=options.get("compression", "zlib"), **switches)
 
     @classmethod
     def check(cls, path: str, *, repair: bool = False) -> Report:
@@ -63,5 +62,12 @@ class Qcow2Tools(ImageTools):
         return {
             "version": header.version, "cluster_bytes": header.cluster_bytes,
             "refcount_bits": 1 << header.refcount_order, "compression": COMPRESSIONS[header.compression_type],
-            "lazy_refcounts": bool(header.compatible_features & LAZY_REFCOUNTS), "snapshots": header.nb_snapshots,
+            "lazy_refcounts": bool(header.compatible_features & LAZY_REFCOUNTS),
+            "extended_l2": header.has_subclusters, "snapshots": header.nb_snapshots,
         }
+
+
+def _switch(name: str, text: str) -> bool:
+    if text not in ("on", "off"):
+        raise UsageError(f"{name} {text!r} is neither on nor off")
+    return text == "on"

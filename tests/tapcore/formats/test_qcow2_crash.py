@@ -67,20 +67,22 @@ def drive(runner: Runner, journal: Journal, history: History, rng: random.Random
 
 def prepare(path: Path, kind: str, size: int) -> None:
     backing = None
-    if kind == "overlay":
+    if "overlay" in kind:
         backing = "base.raw"
         (path.parent / backing).write_bytes(random.Random(7).randbytes(size // 2))
-    create(str(path), size, cluster_bits=9 if kind == "growing" else 10,
-           refcount_bits=16 if kind == "snapshot" else 64, backing=backing,
-           backing_format="raw" if backing else None)
-    if kind == "snapshot":
+    subclusters = kind.startswith("subclusters")
+    create(str(path), size, cluster_bits=14 if subclusters else 9 if kind == "growing" else 10,
+           refcount_bits=16 if "snapshot" in kind else 64, backing=backing,
+           backing_format="raw" if backing else None, extended_l2=subclusters)
+    if "snapshot" in kind:
         subprocess.run(["qemu-io", "-f", "qcow2", "-c", f"write -P 9 1k {size // 2}", str(path)], check=True,
                        capture_output=True, timeout=20)
         subprocess.run(["qemu-img", "snapshot", "-c", "one", str(path)], check=True, timeout=20)
 
 
 @pytest.mark.parametrize(("kind", "size", "count", "step"), [
-    ("plain", 65536, 60, 1), ("overlay", 65536, 60, 1), ("snapshot", 65536, 60, 1), ("growing", 4 << 20, 20, 60)])
+    ("plain", 65536, 60, 1), ("overlay", 65536, 60, 1), ("snapshot", 65536, 60, 1), ("growing", 4 << 20, 20, 60),
+    ("subclusters overlay", 131072, 60, 1), ("subclusters snapshot", 131072, 60, 1)])
 def test_whatever_a_crash_leaves_is_whole(
     env: Env, tmp_path: Path, kind: str, size: int, count: int, step: int
 ) -> None:

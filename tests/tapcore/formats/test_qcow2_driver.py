@@ -43,12 +43,15 @@ IMAGES = st.fixed_dictionaries({
     "cluster_bits": st.sampled_from((9, 10, 12, 16)),
     "refcount_bits": st.sampled_from((1, 2, 4, 8, 16, 32, 64)),
     "version": st.sampled_from((2, 3)),
+}) | st.fixed_dictionaries({
+    "cluster_bits": st.sampled_from((14, 15, 16)),
+    "extended_l2": st.just(True),
 })
 
 
 def make_image(folder: Path, options: dict[str, int], backing_bytes: int) -> bytes:
     """An image, over a raw backing file if that has any bytes; what the disk holds."""
-    if options["version"] == 2:
+    if options.get("version") == 2:
         options = options | {"refcount_bits": 16}
     backing = random.Random(3).randbytes(backing_bytes)
     (folder / "base.raw").write_bytes(backing)
@@ -333,7 +336,8 @@ def u64(value: int) -> bytes:
     (56, u32(0xFFFFFFFF), "refcount_table_clusters"),
     (60, u32(1 << 30), "nb_snapshots"),
     (72, u64(4), "external data file"),
-    (72, u64(16), "extended L2"),
+    (20, u32(13) + u64(1 << 20) + u32(0) + u32(1) + u64(3 << 13) + u64(1 << 13) + u32(1) + bytes(12) + u64(16),
+     "cluster_bits 13 is less than 14"),
     (72, u64(1 << 50), "incompatible feature bit 50"),
     (72, u64(2), "marked corrupt"),
     (96, u32(7), "refcount_order 7"),
@@ -452,12 +456,12 @@ def test_an_image_whose_refcounts_are_wrong_is_not_written_any_more(env: Env, tm
     assert path.read_bytes() == before
 
 
-@pytest.fixture(scope="module")
-def template() -> bytes:
+@pytest.fixture(scope="module", params=[False, True])
+def template(request: pytest.FixtureRequest) -> bytes:
     """A small image with some of everything that is changed by flips."""
     with TemporaryDirectory() as name:
         path = Path(name) / "a.qcow2"
-        create(str(path), 65536, cluster_bits=9)
+        create(str(path), 65536, cluster_bits=14 if request.param else 9, extended_l2=request.param)
         from tapcore.loop import Loop
         from tapcore.workers import Workers
 
@@ -473,7 +477,7 @@ def template() -> bytes:
         return path.read_bytes()
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=FIXTURE)
+@settings(max_examples=100, deadline=None, suppress_health_check=FIXTURE)
 @given(data=st.data())
 def test_flipped_bytes_never_do_worse_than_an_error(env: Env, template: bytes, data: st.DataObject) -> None:
     image = bytearray(template)
