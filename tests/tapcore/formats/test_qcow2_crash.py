@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import random
 import subprocess
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 from contract.runner import Runner
-from recording import Journal, RecordingFile
+from formats_model import History, drive
+from recording import SECTOR, Journal, RecordingFile
 from support import need
 
 from tapcore.driver import Env, OpenFlag
@@ -17,52 +17,10 @@ from tapcore.drivers.qcow2 import Qcow2
 from tapcore.formats.qcow2.check import check
 from tapcore.formats.qcow2.create import create
 
-SECTOR = 512
-
 
 class Recorded(Qcow2):
     name = "qcow2-recorded"
     file_kind = RecordingFile
-
-
-@dataclass
-class History:
-    """What each sector of the disk may hold, by how far the journal had got."""
-
-    disk: bytearray
-    flushed: list[tuple[int, bytes]] = field(default_factory=list)
-    changes: list[tuple[int, int, bytes]] = field(default_factory=list)
-    """(entries when it was asked for, offset, data)."""
-
-    def allowed(self, cut: int) -> list[set[bytes]]:
-        at, disk = [mark for mark in self.flushed if mark[0] <= cut][-1]
-        found = [{disk[sector : sector + SECTOR]} for sector in range(0, len(disk), SECTOR)]
-        for begun, offset, data in self.changes:
-            if at <= begun <= cut:
-                for place in range(0, len(data), SECTOR):
-                    found[(offset + place) // SECTOR].add(data[place : place + SECTOR])
-        return found
-
-
-def drive(runner: Runner, journal: Journal, history: History, rng: random.Random, count: int) -> None:
-    """Random aligned changes and flushes, one at a time."""
-    size = runner.size
-    for _ in range(count):
-        offset = rng.randrange(size // SECTOR) * SECTOR
-        length = min(rng.choice((1, 2, 5, 20)) * SECTOR, size - offset)
-        kind = rng.choice(("write", "write", "write", "zeroes", "discard", "flush"))
-        begun = len(journal.entries)
-        if kind == "flush":
-            assert runner.flush() == 0
-            history.flushed.append((len(journal.entries), bytes(history.disk)))
-            continue
-        data = rng.randbytes(length) if kind == "write" else bytes(length)
-        history.changes.append((begun, offset, data))
-        if kind == "write":
-            assert runner.write(offset, data) == 0
-        else:
-            assert (runner.zeroes if kind == "zeroes" else runner.discard)(offset, length) == 0
-        history.disk[offset : offset + length] = runner.read(offset, length)
 
 
 def prepare(path: Path, kind: str, size: int) -> None:

@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 from contract.runner import Runner
+from formats_model import Model, disk_operations
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -22,21 +23,10 @@ from tapcore.formats.qcow2 import layout
 from tapcore.formats.qcow2.check import check
 from tapcore.formats.qcow2.create import create
 from tapcore.formats.qcow2.layout import COPIED, FEATURES, HEADER_V2
-from tapcore.request import BACKGROUND, DISCARD, FAST, FLUSH, FUA, NO_HOLE, READ, WRITE, ZEROES, Request
+from tapcore.request import BACKGROUND, DISCARD, FLUSH, READ, WRITE, ZEROES, Request
 
 SIZE = 100 * 1024 + 512
 FIXTURE = [HealthCheck.function_scoped_fixture]
-
-
-@st.composite
-def operations(draw: st.DrawFn) -> tuple[int, int, int, int, int]:
-    op = draw(st.sampled_from((READ, WRITE, WRITE, ZEROES, DISCARD, FLUSH)))
-    unit = draw(st.sampled_from((1, 512, 2048)))
-    offset = draw(st.integers(0, (SIZE - 1) // unit)) * unit
-    length = min(draw(st.integers(1, 30)) * unit, SIZE - offset)
-    flags = {READ: (0, BACKGROUND), WRITE: (0, FUA, BACKGROUND), ZEROES: (0, NO_HOLE, FUA, FAST),
-             DISCARD: (0, FUA), FLUSH: (0,)}[op]
-    return op, offset, length, draw(st.sampled_from(flags)), draw(st.integers(0, 1 << 30))
 
 
 IMAGES = st.fixed_dictionaries({
@@ -60,46 +50,9 @@ def make_image(folder: Path, options: dict[str, int], backing_bytes: int) -> byt
     return backing[:SIZE].ljust(SIZE, b"\0")
 
 
-class Model:
-    """The bytes of the disk, and batches of requests that do not overlap run on both."""
-
-    def __init__(self, runner: Runner, disk: bytes) -> None:
-        self.runner = runner
-        self.disk = bytearray(disk)
-
-    def run(self, ops: list[tuple[int, int, int, int, int]]) -> None:
-        batch: list[tuple[Request, int]] = []
-        for op, offset, length, flags, seed in ops:
-            if any(offset < other.offset + other.length and other.offset < offset + length for other, _ in batch):
-                self.finish(batch)
-                batch = []
-            data = random.Random(seed).randbytes(length) if op == WRITE else bytes(length)
-            iov = [memoryview(bytearray(data))] if op in (READ, WRITE) else []
-            batch.append((Request(op, offset, length if op != FLUSH else 0, iov, flags), seed))
-        self.finish(batch)
-
-    def finish(self, batch: list[tuple[Request, int]]) -> None:
-        errors = self.runner.run(*[request for request, _ in batch])
-        for (request, _), code in zip(batch, errors, strict=True):
-            start, end = request.offset, request.offset + request.length
-            if request.flags & FAST and code == errno.ENOTSUP:
-                continue
-            assert code == 0
-            if request.op == READ:
-                assert b"".join(request.iov) == self.disk[start:end]
-            elif request.op == WRITE:
-                self.disk[start:end] = b"".join(request.iov)
-            elif request.op == ZEROES:
-                self.disk[start:end] = bytes(request.length)
-            elif request.op == DISCARD:
-                now = self.runner.read(start, end - start)
-                assert all(new in (0, old) for new, old in zip(now, self.disk[start:end], strict=True))
-                self.disk[start:end] = now
-
-
 @settings(max_examples=60, deadline=None, suppress_health_check=FIXTURE)
 @given(options=IMAGES, backing_sectors=st.sampled_from((0, 0, 33, 150, 300)),
-       ops=st.lists(operations(), min_size=5, max_size=40))
+       ops=st.lists(disk_operations(SIZE), min_size=5, max_size=40))
 def test_any_sequence_over_any_backing(
     env: Env, options: dict[str, int], backing_sectors: int, ops: list[tuple[int, int, int, int, int]]
 ) -> None:
