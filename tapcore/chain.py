@@ -1,16 +1,24 @@
-"""Chains: `log:|qcow2:/vm/disk.qcow2` as text, and as drivers opened on top of each other.
+r"""Chains: `log:|qcow2:/vm/disk.qcow2` as text, and as drivers opened on top of each other.
 
     guest ▶ log ▶ qcow2 ▶ …           levels, left to right as written: `Filter.next`
                     └ backing ▶ …      parents, opened by the chain, read-only: `Driver.backing`
+
+In the text `\|` stands for a `|` of a path, and `\\` for a `\`; before anything else a `\` is itself.
+
+What is below the filters can be exchanged while they stay (`Chain.stand_on`): a log goes on, with its
+clients, when a snapshot puts another image under it.
 """
 
 from __future__ import annotations
 
 import errno
 import logging
+import re
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from tapcore.driver import Driver, Env, Filter, OpenFlag, find_driver
 from tapcore.errors import ChainError, WritelogError
@@ -18,7 +26,7 @@ from tapcore.errors import ChainError, WritelogError
 logger = logging.getLogger(__name__)
 
 MAX_PARENT_DEPTH = 64
-"""Parents below one level; more is taken for a loop."""
+"""Parents below one level."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +37,19 @@ class Level:
     params: str
 
     def __str__(self) -> str:
-        return f"{self.driver}:{self.params}"
+        quoted = self.params.replace("\\", r"\\").replace("|", r"\|")
+        return f"{self.driver}:{quoted}"
+
+
+def _split(text: str) -> list[str]:
+    """The parts between those `|` that are not quoted, without their quotes."""
+    parts = [""]
+    for token in re.findall(r"\\[\\|]|[^\\|]+|.", text, re.DOTALL):
+        if token == "|":
+            parts.append("")
+        else:
+            parts[-1] += token[1] if re.fullmatch(r"\\[\\|]", token) else token
+    return parts
 
 
 def parse(text: str) -> list[Level]:
@@ -37,7 +57,7 @@ def parse(text: str) -> list[Level]:
     if not text.strip():
         raise ChainError("the chain is empty", hint="write it like log:|aio:/path/to/disk.img")
     levels: list[Level] = []
-    parts = text.split("|")
+    parts = _split(text)
     for number, part in enumerate(parts, start=1):
         where = f"level {number} of {text!r}"
         if not part.strip():
@@ -60,13 +80,37 @@ def parse(text: str) -> list[Level]:
 
 
 class Chain:
-    """An open chain. `head` is the level nearest the guest, `drivers` every open one, top first."""
+    """An open chain. `head` is the level nearest the guest, `drivers` every open one, top first; `filters` are the
+    levels above the image, which is called `leaf`."""
 
     def __init__(self, text: str, head: Driver, drivers: list[Driver]) -> None:
         self.text = text
         self.head = head
         self.drivers = drivers
         self.info = head.info
+        self.filters: list[Filter] = []
+        level = head
+        while isinstance(level, Filter):
+            self.filters.append(level)
+            level = level.next
+        self.leaf = level
+
+    def stand_on(self, lower: Driver) -> None:
+        """Let the filters stand on `lower`, which is open and of the same size, from now on; to be called with
+        nothing in flight and after `quiesce`. What they stood on is the caller's to close. `info` stays: it is
+        what the guest was told."""
+        level = lower
+        for upper in reversed(self.filters):
+            upper.bind(level)
+            level = upper
+        self.head = level
+        self.drivers = [*self.filters, *levels_from(lower)]
+        for level in levels_from(lower):
+            if not isinstance(level, Filter):
+                break
+        if level is not self.leaf:
+            self.leaf = level
+            self.text = "|".join(str(Level(driver.name, driver.params)) for driver in [*self.filters, level])
 
     def find(self, name: str) -> list[Driver]:
         """The open drivers called `name`, nearest the guest first."""
@@ -98,6 +142,13 @@ class Chain:
             raise failure
 
 
+def levels_from(driver: Driver | None) -> Iterator[Driver]:
+    """`driver` and all that is open below it, filters' next levels and parents."""
+    while driver is not None:
+        yield driver
+        driver = driver.next if isinstance(driver, Filter) else driver.backing
+
+
 def open_chain(env: Env, text: str, flags: OpenFlag = OpenFlag.NONE) -> Chain:
     """Open the chain `text`, bottom up. On failure everything opened is closed again, and the ChainError names
     the level, the driver and the cause."""
@@ -124,7 +175,7 @@ def _open_level(
     family = [top]
     try:
         child, child_where = top, where
-        seen = {(level.driver, level.params)}
+        seen: dict[object, Driver] = {(level.driver, level.params): top, _file_id(top): top}
         while True:
             with _naming(child_where, child.name):
                 parent_id = child.get_parent_id()
@@ -132,12 +183,18 @@ def _open_level(
                 break
             key = (parent_id.driver, parent_id.params)
             parent_where = f"{where}, parent {len(family)} ({parent_id.params})"
-            if key in seen or len(family) > MAX_PARENT_DEPTH:
-                raise ChainError(f"{parent_where}: the chain of parents is a loop or too deep")
-            seen.add(key)
+            if len(family) > MAX_PARENT_DEPTH:
+                raise ChainError(f"{parent_where}: more than {MAX_PARENT_DEPTH} parents",
+                                 hint="merge some of them: tap-ctl stream, tap-ctl commit or qemu-img")
+            if key in seen:
+                raise _loop(parent_where, seen[key])
             parent_flags = flags | OpenFlag.RDONLY | OpenFlag.SHAREABLE
             parent = _open_driver(env, parent_where, Level(*key), parent_flags, None)
             family.append(parent)
+            file_id = _file_id(parent)
+            if file_id in seen:
+                raise _loop(parent_where, seen[file_id])
+            seen[key] = seen[file_id] = parent
             with _naming(child_where, child.name):
                 child.validate_parent(parent)
             child.backing = parent
@@ -148,6 +205,21 @@ def _open_level(
         raise
     opened.extend(reversed(family))
     return top
+
+
+def _file_id(driver: Driver) -> object:
+    """What is the same of two drivers of one file, however it was named."""
+    if driver.path is None:
+        return driver
+    status = Path(driver.path).stat()
+    if stat.S_ISBLK(status.st_mode):
+        return "device", status.st_rdev
+    return status.st_dev, status.st_ino
+
+
+def _loop(where: str, first: Driver) -> ChainError:
+    return ChainError(f"{where}: the chain of parents is a loop: this is {first.params} again", errno=errno.ELOOP,
+                      hint="give the image that leads back another backing: qemu-img rebase -u")
 
 
 def _open_driver(env: Env, where: str, level: Level, flags: OpenFlag, lower: Driver | None) -> Driver:

@@ -178,9 +178,14 @@ class Filter(Driver):
     next: Driver
 
     def attach(self, lower: Driver) -> None:
-        """Take `lower` as the next level: its info, and its verbs where this class has none of its own."""
-        self.next = lower
+        """Take `lower` as the next level, and its info; `open` follows."""
         self.info = lower.info
+        self.bind(lower)
+
+    def bind(self, lower: Driver) -> None:
+        """Take `lower` as the next level, and its verbs where this class has none of its own. Of an open filter it
+        takes the place of the former one, with nothing in flight and after `quiesce`, which this ends."""
+        self.next = lower
         for verb in VERBS:
             if getattr(type(self), verb) is getattr(Driver, verb):
                 setattr(self, verb, getattr(lower, verb))

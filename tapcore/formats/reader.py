@@ -91,7 +91,8 @@ class ImageDriver(Driver):
         self._flight_number = 0
         self._loads: dict[tuple[str, int], list[Resume]] = {}
         self._unpacked: OrderedDict[int, bytes] = OrderedDict()
-        self._backing_queued = False
+        self._asked: dict[Driver, None] = {}
+        """Those below to which something was queued."""
         self._complaints = 0
 
     def close(self) -> None:
@@ -115,9 +116,7 @@ class ImageDriver(Driver):
         if len(extents) == 1 and extents[0][0] in (ZERO, HOLE):
             inside = self.backing_bytes(request.offset, request.length) if extents[0][0] == HOLE else 0
             if inside == request.length:
-                assert self.backing is not None
-                self._backing_queued = True
-                return self.backing.queue_read(request)
+                return self._first_below(request.offset, inside).queue_read(request)
             if not inside:
                 return _answer_zeroes(request)
         flight = Flight(request)
@@ -204,20 +203,35 @@ class ImageDriver(Driver):
 
     def ask_backing(self, flight: Flight, request: Request) -> None:
         """Queue `request` at the backing as a part of `flight`."""
-        assert self.backing is not None
+        below = self._first_below(request.offset, request.length)
         request.done = lambda request: self.arrived(flight, request.error)
-        verb = self.backing.queue_read if request.op == READ else self.backing.queue_status
+        verb = below.queue_read if request.op == READ else below.queue_status
         flight.pending += 1
-        self._backing_queued = True
         if verb(request):
             flight.pending -= 1
             flight.error = flight.error or request.error
 
+    def _first_below(self, offset: int, length: int) -> Driver:
+        """Who is to be asked for a range that is a hole here: the backing, or where that has a hole too the next
+        one below it, and so on; a deep chain costs a look at each level's table, not a request."""
+        below = self.backing
+        while isinstance(below, ImageDriver) and below.backing_bytes(offset, length) == length:
+            try:
+                kind, found_bytes, _ = below.mapping.find(offset, length, 1)[0]
+            except (TableMiss, ImageError):
+                break
+            if kind != HOLE or found_bytes < length:
+                break
+            below = below.backing
+        assert below is not None
+        self._asked[below] = None
+        return below
+
     def submit(self) -> None:
-        if self._backing_queued:
-            self._backing_queued = False
-            assert self.backing is not None
-            self.backing.submit()
+        if self._asked:
+            asked, self._asked = self._asked, {}
+            for driver in asked:
+                driver.submit()
 
     # What is under way
 

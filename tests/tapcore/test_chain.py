@@ -5,13 +5,17 @@ from __future__ import annotations
 import errno
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tapcore.chain import MAX_PARENT_DEPTH, Level, open_chain, parse
 from tapcore.driver import DiskInfo, Driver, Env, Filter, OpenFlag, ParentId
 from tapcore.errors import ChainError, ImageError
+from tapcore.formats.qcow2.create import create
 
 LIFE: list[str] = []
 """Opens and closes of the drivers below, in their order."""
@@ -80,6 +84,18 @@ def test_levels_are_read_from_left_to_right() -> None:
         Level("test-layer", "a"), Level("test-layer", ""), Level("test-image", "/a:b,c d")]
     assert str(Level("aio", "/x")) == "aio:/x"
     assert parse(" log:x|aio:/y")[0] == Level("log", "x")
+
+
+def test_a_bar_in_a_path_is_quoted() -> None:
+    levels = parse(r"test-layer:|test-image:/a\|b\\c\d")
+    assert levels == [Level("test-layer", ""), Level("test-image", r"/a|b\c\d")]
+    assert parse(str(levels[1])) == levels[1:]
+
+
+@given(st.lists(st.text(alphabet="\\|/ab", min_size=1), min_size=1))
+def test_what_a_level_is_written_as_is_read_as_the_same(params: list[str]) -> None:
+    levels = [*(Level("test-layer", text) for text in params[1:]), Level("test-image", params[0])]
+    assert parse("|".join(map(str, levels))) == levels
 
 
 @pytest.mark.parametrize("text, message", [
@@ -195,9 +211,42 @@ def test_parents_that_form_a_loop_are_found(env: Env, monkeypatch: pytest.Monkey
 
 
 def test_parents_without_end_are_not_followed_for_ever(env: Env) -> None:
-    with pytest.raises(ChainError, match="a loop or too deep"):
+    with pytest.raises(ChainError, match="more than 64 parents; merge some"):
         open_chain(env, "test-image:endless")
     assert len(LIFE) == 2 * (MAX_PARENT_DEPTH + 1)
+
+
+@pytest.mark.parametrize("spelling", [
+    "a.qcow2", "./a.qcow2", "{folder}/a.qcow2", "soft", "hard", "../{name}/a.qcow2"])
+def test_an_image_that_leads_back_to_itself_is_found_however_it_is_named(
+    env: Env, tmp_path: Path, spelling: str
+) -> None:
+    (tmp_path / "soft").symlink_to("a.qcow2")
+    name = spelling.format(folder=tmp_path, name=tmp_path.name)
+    create(str(tmp_path / "a.qcow2"), 1 << 20, backing="b.qcow2", backing_format="qcow2")
+    create(str(tmp_path / "b.qcow2"), 1 << 20, backing=name, backing_format="qcow2")
+    (tmp_path / "hard").hardlink_to(tmp_path / "a.qcow2")
+    with pytest.raises(ChainError, match=r"the chain of parents is a loop: this is .*a.qcow2 again; give the"):
+        open_chain(env, f"qcow2:{tmp_path}/a.qcow2")
+
+
+def test_filters_stay_while_what_they_stand_on_is_exchanged(env: Env) -> None:
+    chain = open_chain(env, "test-layer:a|test-layer:b|test-image:c>d")
+    a, b, c, d = chain.drivers
+    (other,) = open_chain(env, "test-image:o|p".replace("|", r"\|")).drivers
+    LIFE.clear()
+    chain.stand_on(other)
+    assert chain.drivers == [a, b, other] and chain.leaf is other and chain.head is a
+    assert chain.text == r"test-layer:a|test-layer:b|test-image:o\|p" and not LIFE
+    assert getattr(a, "queue_read") == other.queue_read  # noqa: B009
+    between = Layer(env, "between", OpenFlag.NONE)
+    between.attach(other)
+    chain.stand_on(between)
+    assert chain.drivers == [a, b, between, other] and chain.leaf is other
+    assert chain.text == r"test-layer:a|test-layer:b|test-image:o\|p", "what is put between is not in the text"
+    chain.stand_on(c)
+    assert chain.drivers == [a, b, c, d] and chain.text == "test-layer:a|test-layer:b|test-image:c>d"
+    chain.close()
 
 
 def test_a_failure_to_close_hides_no_failure_to_open(env: Env, caplog: pytest.LogCaptureFixture) -> None:
