@@ -18,6 +18,7 @@ connections do not wait for it. A parameter that is null counts as left out; one
 | pause    | disk, hold, hold_s          | holds requests back; state, once none is in flight                    |
 | unpause  | disk, chain, force          | lets them go, to another chain if one is given; state                 |
 | handover | disk, to                    | makes a held pause permanent and fences the disk; fenced              |
+| throttle | disk, rate                  | slows writes down to rate bytes a second (0: not at all); rate        |
 | stats    | disk                        | disks: counters and histograms by name, of one disk or of all         |
 | info     | disk                        | all about a disk                                                      |
 | map      | disk, offset, length        | extents: [offset, length, state bits as in tapcore.request] each;     |
@@ -28,7 +29,7 @@ A pause with `hold` belongs to its connection: when that ends, without unpause o
 itself. It also goes on `hold_s` seconds after the last such pause, each of which sets the time anew: a holder that
 is stopped, or hangs, does not stop the guest with it. A hold that has run out cannot be taken up again, nor can
 the disk be handed over, before its connection has sent `unpause`: the guest has run meanwhile. A fenced disk goes
-on only by force.
+on only by force. A `throttle`, too, ends with its connection.
 """
 
 from __future__ import annotations
@@ -69,6 +70,7 @@ PARAMS: Final = {
     "pause": "disk:text hold:flag? hold_s:time?",
     "unpause": "disk:text chain:text? force:flag?",
     "handover": "disk:text to:text",
+    "throttle": "disk:text rate:number",
     "stats": "disk:text?",
     "info": "disk:text",
     "map": "disk:text offset:number? length:number?",

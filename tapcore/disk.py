@@ -26,6 +26,8 @@ class Disk:
         self.hold_timer: Timer | None = None
         self.overdue: Connection | None = None
         """Whose hold ran out, until it says `unpause`."""
+        self.throttler: Connection | None = None
+        """Who slows its writes down."""
         self.handing_over = False
         self.closing = False
 

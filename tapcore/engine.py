@@ -64,7 +64,7 @@ class Engine:
         self._ops: dict[str, Callable[[Call], dict[str, Any] | None]] = {
             "version": self._version, "list": self._list, "open": self._open, "close": self._close,
             "pause": pausing.pause, "unpause": pausing.unpause, "handover": pausing.handover, "stats": self._stats,
-            "info": self._info, "map": self._map, "shutdown": self._shutdown,
+            "info": self._info, "map": self._map, "shutdown": self._shutdown, "throttle": pausing.throttle,
         }
 
     def listen(self) -> Path:
@@ -214,6 +214,7 @@ class Engine:
             "waiting": vbd.waiting,
             "pinned": disk.pinned,
             "holder": disk.holder.peer if disk.holder else None,
+            "write_limit": vbd.throttle.rate if vbd.throttle is not None else None,
             "nbd": list(disk.server.addresses),
             "logs": [{"name": log.log_name, "socket": str(log.socket_path)} for log in disk.logs],
         }

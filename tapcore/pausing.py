@@ -1,4 +1,4 @@
-"""Pausing, holding, handing over: the ops of the control protocol that stop a disk and let it go on.
+"""Pausing, holding, slowing down, handing over: the ops of the control protocol that stop a disk and let it go on.
 
 Who wants a disk paused, and what follows:
 
@@ -152,6 +152,21 @@ class Pausing:
                 logger.warning("%s: %s, which held it, has gone", disk.name, connection.peer)
                 disk.let_go()
                 self.settle(disk)
+            if disk.throttler is connection:
+                disk.throttler = None
+                disk.vbd.limit_writes(None)
+
+    def throttle(self, call: Call) -> dict[str, Any]:
+        disk = self._find(call)
+        rate = call.params["rate"]
+        if disk.throttler not in (None, call.connection):
+            raise ControlError(f"disk {disk.name!r} is slowed down by {disk.throttler.peer}", errno=errno.EBUSY,
+                               hint="wait for it, or end it: the disk is as fast as it can be then")
+        if call.connection.ended:
+            raise ControlError("the connection that is to slow the disk down has ended", errno=errno.ENOTCONN)
+        disk.throttler = call.connection if rate else None
+        disk.vbd.limit_writes(rate or None)
+        return {"rate": rate}
 
     # Handing over
 

@@ -9,6 +9,7 @@ and it is what makes a request served from the page cache cost no callback at al
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Sequence
 from typing import Any, Final, TypeAlias
 
@@ -43,6 +44,12 @@ Extent: TypeAlias = tuple[int, int]
 
 def never_done(request: Request) -> None:
     raise AssertionError("a request was completed late that nobody waits for")
+
+PERMANENT = frozenset({
+    errno.EROFS, errno.EINVAL, errno.EOVERFLOW, errno.EFBIG, errno.ENXIO, errno.EPERM, errno.EACCES, errno.EBADF,
+    errno.EOPNOTSUPP, errno.ENOSYS, errno.EILSEQ, errno.EBADMSG, errno.ESHUTDOWN, errno.ERANGE, errno.ENODEV,
+})
+"""Errors that a second try cannot cure. All others (EIO, ENOSPC, ENOMEM, ETIMEDOUT …) are tried again."""
 
 
 class Request:

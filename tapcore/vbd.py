@@ -10,6 +10,7 @@ merges neighbours, counts and times, and says when something makes no progress.
 Where a request can be, and what moves it on:
 
     held      the disk is paused              resume()
+    slowed    writes come faster than allowed its turn (tapcore.throttle)
     flying    the chain has it                its completion: the owner gets it, or it goes to `retrying`
     retrying  failed with a transient errno   the retry timer, `retry_interval_s` later
 """
@@ -27,12 +28,14 @@ from tapcore.chain import Chain, open_chain
 from tapcore.driver import VERBS, DiskInfo, Env, Feature, OpenFlag
 from tapcore.errors import ControlError, WritelogError
 from tapcore.loop import Timer
+from tapcore.merge import merge
 from tapcore.request import (
     ABANDONED,
     BACKGROUND,
     DISCARD,
     FLUSH,
     OP_NAMES,
+    PERMANENT,
     STATUS,
     WRITE,
     ZEROES,
@@ -41,20 +44,13 @@ from tapcore.request import (
     fail,
 )
 from tapcore.stats import Stats, bucket_of
+from tapcore.throttle import Throttle
+from tapcore.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
 RUNNING, PAUSING, PAUSED, REPLACING = "running", "pausing", "paused", "replacing the chain"
 CLOSING, CLOSED = "closing", "closed"
-
-PERMANENT = frozenset({
-    errno.EROFS, errno.EINVAL, errno.EOVERFLOW, errno.EFBIG, errno.ENXIO, errno.EPERM, errno.EACCES, errno.EBADF,
-    errno.EOPNOTSUPP, errno.ENOSYS, errno.EILSEQ, errno.EBADMSG, errno.ESHUTDOWN, errno.ERANGE, errno.ENODEV,
-})
-"""Errors that a second try cannot cure. All others (EIO, ENOSPC, ENOMEM, ETIMEDOUT …) are tried again."""
-
-MERGE_MAX_BYTES = 1 << 20
-MERGE_MAX_PIECES = 256
 
 
 class Vbd:
@@ -75,12 +71,13 @@ class Vbd:
     ) -> None:
         self.env = env
         self.name = name
-        self.state = CLOSED
+        self._state = CLOSED
+        self._gated = True  # by a pause or a throttle
+        self.throttle: Throttle | None = None
         self.fenced: str | None = None
         """Why the disk must not be resumed without force; None for a disk that may."""
         self.retry_interval_s = retry_interval_s
         self.max_retries = max_retries
-        self.stall_report_s = stall_report_s
         self.statistics = Stats()
         self.chain: Chain
         self.info: DiskInfo
@@ -94,8 +91,8 @@ class Vbd:
         self._idle_waiters: list[Callable[[], None]] = []
         self._strays: set[Request] = set()
         self._stray_waiters: list[Callable[[], None]] = []
-        self._watchdog: Timer | None = None
-        self._reported: set[Request] = set()
+        self._watchdog = Watchdog(env.loop, name, stall_report_s, lambda: (*self._flying, *self._retrying),
+                                  self.statistics)
         self._changes_before = 0
         """What `_changes` was when the chain was opened."""
         self._flush_lost = False
@@ -103,12 +100,24 @@ class Vbd:
 
     # Life
 
+    @property
+    def state(self) -> str:
+        return self._state
+
+    @state.setter
+    def state(self, state: str) -> None:
+        self._state = state
+        self._set_gate()
+
+    def _set_gate(self) -> None:
+        self._gated = self._state != RUNNING or self.throttle is not None
+
     def open(self, chain_text: str, flags: OpenFlag = OpenFlag.NONE) -> None:
         """Open the chain and run. ChainError if it cannot be opened."""
         self._flags = flags
         self._use(open_chain(self.env, chain_text, flags))
         self.state = RUNNING
-        self._watch()
+        self._watchdog.watch()
 
     def _use(self, chain: Chain) -> None:
         self.chain = chain
@@ -138,7 +147,15 @@ class Vbd:
     @property
     def waiting(self) -> int:
         """Requests held back, by a pause or until their next try."""
-        return len(self._held) + len(self._retrying)
+        slowed = self.throttle.waiting if self.throttle is not None else ()
+        return len(self._held) + len(self._retrying) + len(slowed)
+
+    def limit_writes(self, rate: float | None) -> None:
+        """Let no more than `rate` bytes a second be written; None: as fast as it goes."""
+        waiting = self.throttle.end() if self.throttle is not None else []
+        self.throttle = None if rate is None else Throttle(self.env.loop, rate, self._send_slowed)
+        self._set_gate()
+        self._deliver(self.submit(waiting))
 
     def pause(self, done: Callable[[], None]) -> None:
         """Hold new requests back; `done()` when none is in flight (at once, if none is), or when a `resume` came
@@ -242,9 +259,9 @@ class Vbd:
             done()
             return
         self.state = CLOSED
-        for timer in (self._watchdog, self._retry_timer):
-            if timer is not None:
-                timer.cancel()
+        self._watchdog.cancel()
+        if self._retry_timer is not None:
+            self._retry_timer.cancel()
         self._fail_waiting()
         try:
             self.chain.close()
@@ -262,16 +279,8 @@ class Vbd:
 
     def submit(self, batch: Sequence[Request]) -> list[Request]:
         """Send a batch down the chain; returns those that are complete already. The hot loop."""
-        if self.state != RUNNING:
-            now_ns = time.monotonic_ns()
-            for request in batch:
-                request.started_ns = now_ns
-            if self.state == CLOSED:
-                for request in batch:
-                    request.error = errno.ESHUTDOWN
-                return list(batch)
-            self._held.extend(batch)
-            return []
+        if self._gated:
+            return self._submit_gated(batch)
         start_ns = time.monotonic_ns()
         queue = self._queue
         done: list[Request] = []
@@ -284,7 +293,8 @@ class Vbd:
             if index < count and request.op <= WRITE:
                 following = batch[index]
                 if following.offset == request.offset + request.length and following.op == request.op:
-                    request, index = self._merge(batch, index - 1)
+                    request, index = merge(batch, index - 1, self.request_done)
+                    self.statistics.merged += len(request.parts or (request,)) - 1
             if queue[request.op](request):
                 if request.error:
                     failed.append(request)
@@ -302,12 +312,41 @@ class Vbd:
             done.extend(self._failed(request))
         return done
 
+    def _submit_gated(self, batch: Sequence[Request]) -> list[Request]:
+        if self._state == RUNNING:
+            assert self.throttle is not None
+            return self._submit_now(self.throttle.admit(batch))
+        now_ns = time.monotonic_ns()
+        for request in batch:
+            request.started_ns = now_ns
+        if self._state == CLOSED:
+            for request in batch:
+                request.error = errno.ESHUTDOWN
+            return list(batch)
+        self._held.extend(batch)
+        return []
+
+    def _submit_now(self, batch: Sequence[Request]) -> list[Request]:
+        """`submit`, past the throttle."""
+        self._gated = False
+        try:
+            return self.submit(batch)
+        finally:
+            self._set_gate()
+
+    def _send_slowed(self, batch: list[Request]) -> None:
+        """It is their turn, if the disk still runs."""
+        if self._state != RUNNING:
+            self._held.extend(batch)
+            return
+        self._deliver(self._submit_now(batch))
+
     def request_done(self, request: Request) -> None:
         """A driver's late completion."""
         del self._flying[request]
         finished = self._failed(request) if request.error else request.parts or [request]
         if finished or request.parts:
-            self._ended(request)
+            self._watchdog.ended(request)
         for part in finished:
             if not part.error:
                 self._count((part,), time.monotonic_ns() - request.started_ns)
@@ -336,31 +375,6 @@ class Vbd:
             self._stray_waiters.append(action)
         else:
             action()
-
-    def _merge(self, batch: Sequence[Request], first: int) -> tuple[Request, int]:
-        """The neighbours that begin at index `first` as one request (itself, if it stays alone), and the index
-        of the request after them."""
-        lead = batch[first]
-        end = lead.offset
-        length_bytes = pieces = 0
-        index = first
-        while index < len(batch):
-            part = batch[index]
-            length_bytes += part.length
-            pieces += len(part.iov)
-            if (part.offset != end or part.op != lead.op or part.flags != lead.flags
-                    or length_bytes > MERGE_MAX_BYTES or pieces > MERGE_MAX_PIECES):
-                break
-            end += part.length
-            index += 1
-        if index <= first + 1:
-            return lead, first + 1
-        parts = list(batch[first:index])
-        merged = Request(lead.op, lead.offset, end - lead.offset, [view for part in parts for view in part.iov],
-                         lead.flags, self.request_done)
-        merged.parts = parts
-        self.statistics.merged += len(parts) - 1
-        return merged, index
 
     def _failed(self, request: Request) -> list[Request]:
         """What is final of a request that failed: a merged one is split first, so that only the guilty part
@@ -417,17 +431,13 @@ class Vbd:
     def _deliver(self, finished: Sequence[Request]) -> None:
         """Give requests that were once late to their owners."""
         for request in finished:
-            self._ended(request)
+            self._watchdog.ended(request)
             request.owner.request_done(request)
-
-    def _ended(self, request: Request) -> None:
-        if request in self._reported:
-            self._reported.discard(request)
-            logger.warning("%s: %r ended after all", self.name, request)
 
     def _fail_waiting(self, owner: object = None) -> None:
         """End what is not in flight, of one owner or of all."""
-        for queue in (self._retrying, self._held):
+        slowed = [self.throttle.waiting] if self.throttle is not None else []
+        for queue in (self._retrying, self._held, *slowed):
             ended = [request for request in queue if owner in (None, request.owner)]
             queue[:] = [request for request in queue if owner not in (None, request.owner)]
             for request in ended:
@@ -470,16 +480,6 @@ class Vbd:
             requests[op] += 1
             moved[op] += request.length
             latencies[op][bucket] += 1
-
-    def _watch(self) -> None:
-        """The watchdog: report each request that has made no progress for `stall_report_s`, once."""
-        self._watchdog = self.env.loop.call_later(self.stall_report_s / 2, self._watch)
-        oldest_ns = time.monotonic_ns() - int(self.stall_report_s * 1e9)
-        for request in (*self._flying, *self._retrying):
-            if request.started_ns < oldest_ns and request not in self._reported:
-                self._reported.add(request)
-                self.statistics.stalls += 1
-                logger.warning("%s: %r has made no progress for %g s", self.name, request, self.stall_report_s)
 
 
 def _run(waiters: list[Callable[[], None]]) -> None:

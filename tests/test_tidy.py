@@ -27,9 +27,11 @@ tapcore.layout
 tapcore.text
 writelog
 --
+tapcore.bucket
 tapcore.durablefile
 tapcore.fence
 tapcore.loop
+tapcore.merge
 tapcore.nbd.address
 tapcore.nbd.client_codec
 tapcore.nbd.reply_decoder
@@ -38,7 +40,9 @@ tapcore.params
 tapcore.request
 tapcore.rundir
 tapcore.stats
+tapcore.throttle
 tapcore.unixsocket
+tapcore.watchdog
 tapcore.workers
 writelog.bitmap
 writelog.control
@@ -97,7 +101,7 @@ module imports from its own layer and those before it."""
 PURE = [
     "tapcore.nbd.wire", "tapcore.nbd.negotiate", "tapcore.nbd.status", "tapcore.nbd.session",
     "tapcore.nbd.replies", "tapcore.nbd.client_codec", "tapcore.nbd.reply_decoder", "tapcore.nbd.fit",
-    "writelog.wire", "writelog.plan", "writelog.ring",
+    "writelog.wire", "writelog.plan", "writelog.ring", "tapcore.bucket",
     "writelog.control", "writelog.dirtymap", "writelog.bitmap", "tapcore.formats.extents",
     "tapcore.formats.tables", "tapcore.formats.qcow2.layout", "tapcore.formats.qcow2.mapping",
     "tapcore.formats.qcow2.packed", "tapcore.formats.qcow2.refcounts", "tapcore.formats.qcow2.subclusters",

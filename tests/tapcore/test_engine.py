@@ -444,6 +444,19 @@ def test_a_held_disk_is_its_holders(rig: Rig) -> None:
     assert "is not held by this connection" in raw.ask("handover", disk="disk", to="b")
 
 
+def test_a_disk_is_slowed_down_as_long_as_its_connection_lasts(rig: Rig) -> None:
+    raw = rig.raw()
+    assert raw.ask("throttle", disk="disk", rate=5000) == {"rate": 5000}
+    assert rig.control.call("info", disk="disk")["write_limit"] == 5000
+    assert refused(rig, "throttle", "slowed down by process", disk="disk", rate=1).errno == errno.EBUSY
+    assert raw.ask("throttle", disk="disk", rate=0) == {"rate": 0}
+    assert rig.control.call("throttle", disk="disk", rate=0) == {"rate": 0}
+    raw.ask("throttle", disk="disk", rate=5000)
+    raw.close()
+    rig.loop.until(lambda: rig.engine.disks["disk"].vbd.throttle is None)
+    assert rig.control.call("info", disk="disk")["write_limit"] is None
+
+
 def test_force_takes_a_held_disk_away(rig: Rig) -> None:
     raw = rig.raw()
     raw.ask("pause", disk="disk", hold=True)

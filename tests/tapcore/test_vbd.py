@@ -15,8 +15,8 @@ from support import Manual, Owner
 from tapcore.driver import Env
 from tapcore.errors import ChainError, ControlError, WritelogError
 from tapcore.loop import Loop
-from tapcore.request import DISCARD, FLUSH, READ, STATUS, WRITE, ZEROES, Extent
-from tapcore.vbd import CLOSED, PAUSED, PAUSING, PERMANENT, RUNNING, Vbd
+from tapcore.request import DISCARD, FLUSH, PERMANENT, READ, STATUS, WRITE, ZEROES, Extent
+from tapcore.vbd import CLOSED, PAUSED, PAUSING, RUNNING, Vbd
 from tapcore.workers import Workers
 
 SIZE = 1 << 16
@@ -454,7 +454,10 @@ def test_every_request_ends_exactly_once(steps: list[tuple[str, object]], seed: 
         elif what == "turn":
             loop.turn(0)
         elif what == "replace" and vbd.state == PAUSED:
-            assert replace(vbd, f"manual:{SIZE}") is None
+            answers: list[WritelogError | None] = []
+            vbd.replace_chain(f"manual:{SIZE}", answers.append)
+            leaf().finish()  # the flush of the former chain, if it needs one
+            assert answers == [None]
     closed = Flag()
     vbd.resume()
     leaf().errors = []
@@ -468,3 +471,54 @@ def test_every_request_ends_exactly_once(steps: list[tuple[str, object]], seed: 
     env.workers.close()
     loop.close()
     Manual.opened.clear()
+
+
+# Throttling
+
+def test_writes_beyond_the_rate_wait_for_their_turn(vbd: Vbd) -> None:
+    leaf().early = True
+    owner = Owner(vbd)
+    vbd.limit_writes(100_000)
+    first, second, third = (owner.make(WRITE, place * 4096, bytes(4096)) for place in (0, 4, 8))
+    read, flush = owner.make(READ, 0, 512), owner.make(FLUSH)
+    assert vbd.submit([first, second, third, read, flush]) == [first, second, read, flush]
+    assert (vbd.waiting, vbd.in_flight, owner.late) == (1, 0, [])
+    vbd.env.loop.run_until(lambda: owner.late == [third], 5)
+    assert vbd.waiting == 0
+
+
+def test_a_throttle_that_ends_lets_all_go(vbd: Vbd) -> None:
+    leaf().early = True
+    owner = Owner(vbd)
+    vbd.limit_writes(1)
+    writes = [owner.make(WRITE, place * 1024, bytes(512)) for place in range(4)]
+    assert vbd.submit(writes) == writes[:1]
+    vbd.limit_writes(1)
+    assert owner.late == writes[1:2], "a new rate begins with a full bucket"
+    vbd.limit_writes(None)
+    assert owner.late == writes[1:]
+    fast = owner.make(WRITE, 0, bytes(SIZE))
+    assert vbd.submit([fast]) == [fast]
+
+
+def test_a_slowed_write_waits_out_a_pause_and_ends_with_its_owner_or_the_disk(vbd: Vbd) -> None:
+    leaf().early = True
+    owner, other = Owner(vbd), Owner(vbd)
+    vbd.limit_writes(20_000)
+    vbd.submit([owner.make(WRITE, 0, bytes(2048))])
+    slowed, gone = owner.make(WRITE, 4096, b"x" * 512), other.make(WRITE, 0, bytes(512))
+    assert vbd.submit([slowed]) == vbd.submit([gone]) == []
+    vbd.abandon(other)
+    assert other.late == [gone] and gone.error == errno.ESHUTDOWN
+    paused = Flag()
+    vbd.pause(paused)
+    assert paused.count == 1
+    vbd.env.loop.run_until(lambda: vbd.throttle is not None and not vbd.throttle.waiting, 5)
+    assert (vbd.waiting, owner.late, leaf().data[4096]) == (1, [], 0)
+    vbd.resume()
+    vbd.env.loop.run_until(lambda: owner.late == [slowed], 5)
+    vbd.limit_writes(1)
+    last = [owner.make(WRITE, 8192, bytes(512)) for _ in range(2)]
+    vbd.submit(last)
+    vbd.close(lambda: None)
+    assert owner.late[-1] is last[1] and last[1].error == errno.ESHUTDOWN
