@@ -28,7 +28,7 @@ class Bucket:
     def wait_s(self, now_s: float) -> float:
         """Until it opens; 0 if it is open."""
         self._fill(now_s)
-        return -self._level / self._rate if self._level < 0 else 0.0
+        return -self._level / self._rate if self._level <= -1 else 0.0
 
     def take(self, amount: int) -> None:
         self._level -= amount
