@@ -6,8 +6,10 @@ import errno
 import logging
 import os
 import re
+import ssl
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -47,15 +49,19 @@ class Engine:
         max_retries: int = 100,
         retry_interval_s: float = 1.0,
         on_down: Callable[[], None] = lambda: None,
+        tls: ssl.SSLContext | None = None,
+        allow_remote: bool = False,
     ) -> None:
-        """The retries of failed requests are as for `Vbd`; `on_down()` is called at the end of a shutdown."""
+        """The retries of failed requests are as for `Vbd`, `tls` and `allow_remote` as for `NbdServer`;
+        `on_down()` is called at the end of a shutdown."""
         self.disks: dict[str, Disk] = {}
         self.is_down = False
         self._env = env
         self._max_retries = max_retries
         self._retry_interval_s = retry_interval_s
         self._exports: dict[str, Vbd] = {}
-        self._shared = NbdServer(env, self._exports)
+        self._new_server = partial(NbdServer, env, tls=tls, allow_remote=allow_remote)
+        self._shared = self._new_server(self._exports)
         self._pausing = pausing = Pausing(env, self.disks, self._find)
         self._control = ControlServer(env, self._handle, pausing.release)
         self._on_down = on_down
@@ -93,7 +99,7 @@ class Engine:
         try:
             if nbd or not self._shared.addresses:
                 exports = {}
-                server = NbdServer(self._env, exports)
+                server = self._new_server(exports)
                 for address in nbd or [f"unix:{self._env.run_dir / name}.nbd"]:
                     _listen(server, address)
             vbd = Vbd(self._env, name, max_retries=self._max_retries, retry_interval_s=self._retry_interval_s)
@@ -115,7 +121,9 @@ class Engine:
 
     def uris(self, disk: Disk) -> list[str]:
         """The NBD URIs at which a disk is served."""
-        return [replace(parse_address(address), export=disk.name).uri for address in disk.server.addresses]
+        is_secure = disk.server.tls is not None
+        return [replace(parse_address(address), export=disk.name, tls=is_secure).uri
+                for address in disk.server.addresses]
 
     def close(self, disk: Disk, done: Callable[[ControlError | None], None], *, forget_logs: bool = False) -> None:
         """Drain a disk, drop its clients, close it, then `done(error)`. With `forget_logs` the bitmaps of its logs

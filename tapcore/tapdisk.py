@@ -44,6 +44,7 @@ exit codes: 0 ended by a signal or by tap-ctl shutdown, 1 an error, 2 wrong usag
 examples:
   tapdisk 'log:|aio:/vm/disk.img'
   tapdisk --name vm1 --nbd unix:/run/vm1.nbd --nbd tcp:127.0.0.1:10809 'log:|aio:/vm/disk.img'
+  tapdisk --nbd tcp:192.0.2.7:10809 --tls-creds /etc/tapdisk/tls 'log:|aio:/vm/disk.img'
   tapdisk --daemon --nbd unix:/run/vm2.nbd 'root=log:root|aio:/vm/root.img' 'data=log:data|aio:/vm/data.img'
   qemu-system-x86_64 … -drive file=nbd+unix:///vm1?socket=/run/vm1.nbd,format=raw
 """
@@ -78,6 +79,11 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--name", help="the name of the only disk")
     parser.add_argument("--nbd", action="append", default=[], metavar="ADDR",
                         help="serve here: unix:/path, tcp:127.0.0.1:10809, or a URI; may be given several times")
+    parser.add_argument("--tls-creds", type=Path, metavar="DIR", help="TCP clients must use TLS, with a "
+                        "certificate that ca-cert.pem in DIR has signed; this server's own are server-cert.pem "
+                        "and server-key.pem")
+    parser.add_argument("--insecure", action="store_true",
+                        help="listen for other hosts without TLS: whoever reaches the port may use the disk")
     parser.add_argument("--read-only", action="store_true", help="serve all of them read-only")
     parser.add_argument("--max-retries", type=_count, default=100, metavar="N",
                         help="try a failed request again so often before the guest sees it (default: %(default)s)")
@@ -134,14 +140,17 @@ def _serve(options: argparse.Namespace, run_dir: Path, ready: Callable[[], None]
     from tapcore.driver import Env
     from tapcore.engine import Engine
     from tapcore.loop import Loop
+    from tapcore.nbd.tls import load_credentials
     from tapcore.workers import Workers
 
+    tls = load_credentials(options.tls_creds) if options.tls_creds else None
     logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING,
                         format="%(asctime)s tapdisk: %(message)s")
     loop = Loop()
     workers = Workers(loop)
     engine = Engine(Env(loop, workers, run_dir), max_retries=options.max_retries,
-                    retry_interval_s=options.retry_interval, on_down=loop.stop)
+                    retry_interval_s=options.retry_interval, on_down=loop.stop, tls=tls,
+                    allow_remote=options.insecure)
 
     def stop(number: int, frame: FrameType | None) -> None:
         for again in (signal.SIGTERM, signal.SIGINT):

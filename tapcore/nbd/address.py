@@ -25,6 +25,8 @@ class NbdAddress:
     path: str | None = None
     host: str = "localhost"
     port: int = wire.DEFAULT_TCP_PORT
+    tls: bool = False
+    """Over TCP, with TLS."""
 
     def __str__(self) -> str:
         """The short form, without the export."""
@@ -37,7 +39,8 @@ class NbdAddress:
         """The form that NBD clients take."""
         if self.path is not None:
             return f"nbd+unix:///{quote(self.export, safe='')}?socket={quote(self.path)}"
-        return f"nbd://{self._host_in_uri}:{self.port}/{quote(self.export, safe='')}"
+        scheme = "nbds" if self.tls else "nbd"
+        return f"{scheme}://{self._host_in_uri}:{self.port}/{quote(self.export, safe='')}"
 
     @property
     def _host_in_uri(self) -> str:
@@ -54,7 +57,9 @@ class NbdAddress:
             return False
 
     def connect(self, timeout_s: float) -> socket.socket:
-        """A connected socket. OSError (TimeoutError) if there is none to be had."""
+        """A connected socket. OSError (TimeoutError) if there is none to be had, UsageError for one with TLS."""
+        if self.tls:
+            raise UsageError(f"{self.uri}: TLS is there for servers alone", hint="reach it through a tunnel")
         if self.path is None:
             sock = socket.create_connection((self.host, self.port), timeout_s)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -81,8 +86,8 @@ def parse_address(text: str) -> NbdAddress:
     except ValueError as error:
         raise UsageError(f"{text!r} is not an NBD address: {error}", hint=HINT) from None
     export = unquote(parts.path.removeprefix("/"))
-    if parts.scheme == "nbd" and text != "tcp:":
-        return NbdAddress(export, host=parts.hostname or "localhost", port=port)
+    if parts.scheme in ("nbd", "nbds") and text != "tcp:":
+        return NbdAddress(export, host=parts.hostname or "localhost", port=port, tls=parts.scheme == "nbds")
     if parts.scheme == "nbd+unix":
         paths = parse_qs(parts.query).get("socket", [])
         if len(paths) != 1:

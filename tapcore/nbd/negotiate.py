@@ -1,6 +1,7 @@
 """The server's side of the fixed newstyle handshake, as a state machine: bytes in, bytes out.
 
     greeting ▶ client flags ▶ option header ◀──▶ option data (kept, or skipped when it is too long)
+                                    ├─▶ `wants_tls` send `output()`, shake hands, `tls_begun()`; options again
                                     ├─▶ `result`    the transmission phase begins
                                     └─▶ `finished`  send what is left in `output()`, then close
 
@@ -35,6 +36,7 @@ SHOWN_CHARACTERS: Final = 80
 """How much of a client's string an error text repeats."""
 
 CLIENT_FLAGS_KNOWN: Final = wire.NBD_FLAG_C_FIXED_NEWSTYLE | wire.NBD_FLAG_C_NO_ZEROES
+_BEFORE_TLS: Final = (wire.NBD_OPT_STARTTLS, wire.NBD_OPT_ABORT)
 OPTION_NAMES: Final = {value: name for name, value in vars(wire).items() if name.startswith("NBD_OPT_")}
 
 
@@ -174,11 +176,17 @@ class ServerNegotiation:
     `output()` was sent), with the reason in `error`, which is "" after a client's NBD_OPT_ABORT.
     """
 
-    def __init__(self, exports: Exports) -> None:
+    def __init__(self, exports: Exports, *, uses_tls: bool = False) -> None:
+        """With `uses_tls` nothing is told or given to a client before it has begun TLS (the specification's
+        FORCEDTLS)."""
+        self.wants_tls = False
+        """The client may begin TLS's handshake when it has `output()`."""
         self.result: Negotiated | None = None
         self.finished = False
         self.error = ""
         self._exports = exports
+        self._uses_tls = uses_tls
+        self._is_secure = False
         self._buffer = bytearray()
         self._output = bytearray()
         self._step: Callable[[bytes], None] = self._client_flags
@@ -199,6 +207,8 @@ class ServerNegotiation:
             wire.NBD_OPT_LIST_META_CONTEXT: self._list_meta_context,
             wire.NBD_OPT_SET_META_CONTEXT: self._set_meta_context,
         }
+        if uses_tls:
+            self._handlers[wire.NBD_OPT_STARTTLS] = self._starttls
 
     def greeting(self) -> bytes:
         """What the server sends first."""
@@ -213,6 +223,11 @@ class ServerNegotiation:
         buffer = self._buffer
         buffer += data
         while self.result is None:
+            if self.wants_tls and buffer:
+                # It may be anybody's who sits in between: it must not count as said inside TLS.
+                self._finish("bytes after NBD_OPT_STARTTLS that do not belong to TLS")
+                buffer.clear()
+                return
             if self._skip_bytes:
                 skipped = min(self._skip_bytes, len(buffer))
                 del buffer[:skipped]
@@ -276,7 +291,12 @@ class ServerNegotiation:
     def _option_data(self, data: bytes) -> None:
         option = self._option
         self._next_option()
-        if option == wire.NBD_OPT_EXPORT_NAME:
+        if self._uses_tls and not self._is_secure and option not in _BEFORE_TLS:
+            if option == wire.NBD_OPT_EXPORT_NAME:
+                self._finish("a client that does not use TLS, which is required")
+            else:
+                self._refuse(wire.NBD_REP_ERR_TLS_REQD, "TLS is required: NBD_OPT_STARTTLS first")
+        elif option == wire.NBD_OPT_EXPORT_NAME:
             self._export_name(data)
         elif option == wire.NBD_OPT_ABORT:
             self._reply(wire.NBD_REP_ACK)
@@ -294,6 +314,21 @@ class ServerNegotiation:
         self._needed_bytes = wire.OPTION.size
 
     # Options.
+
+    def _starttls(self, data: OptionData) -> None:
+        data.end()
+        if self._is_secure:
+            raise OptionError(wire.NBD_REP_ERR_INVALID, "TLS has begun already")
+        self._reply(wire.NBD_REP_ACK)
+        self.wants_tls = True
+
+    def tls_begun(self) -> None:
+        """TLS's handshake has ended well. What was said before it is forgotten: anybody might have said it."""
+        self.wants_tls = False
+        self._is_secure = True
+        self._structured_replies = False
+        self._contexts = []
+        self._contexts_export = ""
 
     def _export_name(self, data: bytes) -> None:
         try:
@@ -405,4 +440,5 @@ class ServerNegotiation:
 
     def _finish(self, error: str) -> None:
         self.finished = True
+        self.wants_tls = False
         self.error = error

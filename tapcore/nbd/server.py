@@ -6,6 +6,7 @@ import contextlib
 import errno
 import logging
 import socket
+import ssl
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from tapcore.nbd import wire
 from tapcore.nbd.address import parse_address
 from tapcore.nbd.negotiate import ExportInfo, Negotiated, ServerNegotiation, resolve_name
 from tapcore.nbd.session import Session
+from tapcore.nbd.tls import TlsSocket
 from tapcore.request import Extent
 from tapcore.vbd import CLOSED, CLOSING, Vbd
 
@@ -42,13 +44,16 @@ class NbdServer:
     """Serves `exports` (a live mapping of name to open Vbd) on any number of addresses."""
 
     def __init__(
-        self, env: Env, exports: Mapping[str, Vbd], *, max_connections: int = 1000, allow_remote: bool = False
+        self, env: Env, exports: Mapping[str, Vbd], *, max_connections: int = 1000, allow_remote: bool = False,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
+        """With `tls` TCP clients must use it, and may be on other hosts. `allow_remote` lets these in without."""
         self.addresses: list[str] = []
         self.exports = exports
         self.env = env
         self._max_connections = max_connections
         self._allow_remote = allow_remote
+        self.tls = tls
         self._listeners: list[tuple[socket.socket, Path | None]] = []
         self._connections: set[Connection] = set()
 
@@ -64,9 +69,9 @@ class NbdServer:
         """Listen on `address` (see `parse_address`); returns it with the port that was bound. UsageError for a
         bad one, ControlError if it is taken or cannot be bound."""
         where = parse_address(address)
-        if not where.loopback and not self._allow_remote:
-            raise UsageError(f"{address}: not a loopback address, and NBD is neither encrypted nor authenticated",
-                             hint="listen on 127.0.0.1 or a UNIX socket, or allow remote clients explicitly")
+        if not where.loopback and not self._allow_remote and self.tls is None:
+            raise UsageError(f"{address}: not a loopback address, and NBD is neither encrypted nor authenticated "
+                             "without TLS", hint="give TLS credentials, or listen on 127.0.0.1 or a UNIX socket")
         try:
             if where.path is not None:
                 listener = unixsocket.listen(Path(where.path))
@@ -186,14 +191,20 @@ class Connection:
         self.vbd: Vbd | None = None
         self._server = server
         self._loop = server.env.loop
-        self._socket = client
+        self._socket: socket.socket | TlsSocket = client
+        self._secure: TlsSocket | None = None
+        """`_socket`, once TLS has begun."""
+        self._is_shaking_hands = False
+        """TLS's handshake is under way."""
         self._fd = client.fileno()
-        self._negotiation = ServerNegotiation(server)
+        uses_tls = server.tls is not None and client.family != socket.AF_UNIX
+        self._negotiation = ServerNegotiation(server, uses_tls=uses_tls)
         self._session: Session | None = None
         self._output = bytearray()
         self._reading = False
         self._writing = False
         self._woken = False
+        self._read_soon = False
         self._closed = False
         self._turn_end_s = 0.0
         client.setblocking(False)
@@ -235,6 +246,15 @@ class Connection:
         if want != self._reading:
             self._reading = want
             self._loop.add_reader(self._fd, self._on_readable if want else None)
+        if want and self._secure is not None and self._secure.has_pending and not self._read_soon:
+            self._read_soon = True
+            self._loop.call_soon(self._read_pending)
+
+    def _read_pending(self) -> None:
+        """Take what TLS has received already, of which epoll does not know."""
+        self._read_soon = False
+        if self._reading and not self._closed:
+            self._on_readable()
 
     def _want_write(self, want: bool) -> None:
         if want != self._writing:
@@ -242,10 +262,12 @@ class Connection:
             self._loop.add_writer(self._fd, self._on_writable if want else None)
 
     def _on_readable(self) -> None:
-        self._guard(self._receive if self._session else self._negotiate)
+        self._guard(self._receive if self._session else
+                    self._shake_hands if self._is_shaking_hands else self._negotiate)
 
     def _on_writable(self) -> None:
-        self._guard(self._advance if self._session else self._send_negotiation)
+        self._guard(self._advance if self._session else
+                    self._shake_hands if self._is_shaking_hands else self._send_negotiation)
 
     def _guard(self, action: Callable[[], None]) -> None:
         """Have a turn; whatever goes wrong in it ends this connection and nothing else."""
@@ -286,7 +308,9 @@ class Connection:
             self._want_write(True)
             return
         self._want_write(False)
-        if self._negotiation.result is not None:
+        if self._negotiation.wants_tls:
+            self._begin_tls()
+        elif self._negotiation.result is not None:
             self._end_negotiation(self._negotiation.result)
         elif self._negotiation.finished:
             if self._negotiation.error:
@@ -295,6 +319,21 @@ class Connection:
                 self.close()
         else:
             self._want_read(True)
+
+    def _begin_tls(self) -> None:
+        assert self._server.tls is not None and isinstance(self._socket, socket.socket)
+        self._socket = self._secure = TlsSocket(self._socket, self._server.tls)
+        self._is_shaking_hands = True
+        self._shake_hands()
+
+    def _shake_hands(self) -> None:
+        assert self._secure is not None
+        wants = self._secure.handshake()
+        self._want_write(bool(wants))
+        if wants is None:
+            self._is_shaking_hands = False
+            self._negotiation.tls_begun()
+        self._want_read(not wants)
 
     def _end_negotiation(self, result: Negotiated) -> None:
         # The client may have been here before: what is in flight from then must not come after what it says now.

@@ -478,3 +478,24 @@ def test_client_that_is_refused_says_goodbye() -> None:
         handshake(server, client)
     server.feed(client.output())
     assert (server.finished, server.error) == (True, "")
+
+
+def test_before_tls_nothing_is_told_and_what_was_said_counts_for_nothing() -> None:
+    server = ServerNegotiation(Table(DISK), uses_tls=True)
+    server.feed(wire.CLIENT_FLAGS.pack(flags=3))
+    for kind in (wire.NBD_OPT_LIST, wire.NBD_OPT_STRUCTURED_REPLY, wire.NBD_OPT_GO):
+        server.feed(option(kind))
+        assert wire.OPTION_REPLY.unpack(server.output())["type"] == wire.NBD_REP_ERR_TLS_REQD
+    server.feed(option(wire.NBD_OPT_STARTTLS))
+    assert server.wants_tls and wire.OPTION_REPLY.unpack(server.output())["type"] == wire.NBD_REP_ACK
+    server.tls_begun()
+    server.feed(option(wire.NBD_OPT_STARTTLS))
+    assert wire.OPTION_REPLY.unpack(server.output())["type"] == wire.NBD_REP_ERR_INVALID
+    assert not server.wants_tls and server.result is None
+
+
+def test_an_export_name_in_the_clear_ends_the_connection_where_tls_is_used() -> None:
+    server = ServerNegotiation(Table(DISK), uses_tls=True)
+    server.feed(wire.CLIENT_FLAGS.pack(flags=3)
+                + option(wire.NBD_OPT_EXPORT_NAME))
+    assert server.finished and "TLS" in server.error and server.result is None
