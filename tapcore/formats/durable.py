@@ -106,7 +106,7 @@ class Durable:
                 driver.finish(request, result[0])
             for resume in waiting:
                 resume(result[0])
-            if self._flushes or self._waiting:
+            if (self._flushes or self._waiting) and not self._committing:
                 self._start()
             self.landed()
             driver.submit()
