@@ -105,6 +105,7 @@ PURE = [
     "writelog.control", "writelog.dirtymap", "writelog.bitmap", "tapcore.formats.extents",
     "tapcore.formats.tables", "tapcore.formats.qcow2.layout", "tapcore.formats.qcow2.mapping",
     "tapcore.formats.qcow2.packed", "tapcore.formats.qcow2.refcounts", "tapcore.formats.qcow2.subclusters",
+    "tapcore.formats.vhd.layout", "tapcore.formats.vhd.locators", "tapcore.formats.vhd.mapping",
 ]
 """Codecs and algorithms: bytes or state in, bytes or decisions out."""
 IMPURE_IMPORTS = {"socket", "zmq", "posix_ipc", "select", "threading", "subprocess", "time"}

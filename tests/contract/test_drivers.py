@@ -17,6 +17,7 @@ from nbd_servers import Server, nbdkit, qemu_nbd
 
 from tapcore.driver import Env, Feature, OpenFlag
 from tapcore.formats.qcow2.create import create as create_qcow2
+from tapcore.formats.vhd.create import create as create_vhd
 from tapcore.request import (
     BACKGROUND,
     DISCARD,
@@ -52,15 +53,21 @@ CHAINS = {
     "verify": "verify:|aio:{disk}",
     "qcow2": "qcow2:{disk}",
     "qcow2-subclusters": "qcow2:{disk}",
+    "vhd": "vhd:{disk}",
+    "vhd-fixed": "vhd:{disk}",
+    "vhdsync": "vhdsync:{disk}",
     "stack": "verify:block=4096|delay:write=0.1|verify:|error:op=status,count=0|ram:" + str(SIZE),
 }
-LEAVES = ("aio", "aio-tmpfs", "aio-direct", "aio-direct-tmpfs", "sync", "ram", "nbd-nbdkit", "nbd-blocks",
-          "nbd-qemu", "qcow2", "qcow2-subclusters")
 FORMATS: dict[str, Callable[[Path], None]] = {
     "qcow2": lambda path: create_qcow2(str(path), SIZE),
     "qcow2-subclusters": lambda path: create_qcow2(str(path), SIZE, extended_l2=True),
+    "vhd": lambda path: create_vhd(str(path), SIZE, block_bytes=65536),
+    "vhd-fixed": lambda path: create_vhd(str(path), SIZE, variant="fixed"),
+    "vhdsync": lambda path: create_vhd(str(path), SIZE),
 }
 """How the image of a leaf that is not raw is made."""
+LEAVES = ("aio", "aio-tmpfs", "aio-direct", "aio-direct-tmpfs", "sync", "ram", "nbd-nbdkit", "nbd-blocks",
+          "nbd-qemu", *FORMATS)
 PERSISTENT = [name for name in CHAINS if "ram" not in CHAINS[name]]
 
 Op = tuple[int, int, int, int, int]
