@@ -72,6 +72,7 @@ writelog.logstream
 writelog.server
 --
 tapcore.chain
+tapcore.formats.qcow2.resize
 --
 tapcore.vbd
 --
@@ -106,6 +107,7 @@ PURE = [
     "tapcore.formats.tables", "tapcore.formats.qcow2.layout", "tapcore.formats.qcow2.mapping",
     "tapcore.formats.qcow2.packed", "tapcore.formats.qcow2.refcounts", "tapcore.formats.qcow2.subclusters",
     "tapcore.formats.vhd.layout", "tapcore.formats.vhd.locators", "tapcore.formats.vhd.mapping",
+    "tapcore.formats.qcow2.counts",
 ]
 """Codecs and algorithms: bytes or state in, bytes or decisions out."""
 IMPURE_IMPORTS = {"socket", "zmq", "posix_ipc", "select", "threading", "subprocess", "time"}

@@ -4,9 +4,14 @@
     mapping.py     guest offset → extents, over cached tables
     packed.py      compressed clusters
     refcounts.py   which host clusters are in use; allocation
-    commit.py      the order in which metadata reaches the file
     driver.py      the driver: open, read, flush, close
     changes.py     the driver's other half: writes, zeroes, discards that change the mapping
     create.py      a new image
-    check.py       errors and leaks; refcounts rebuilt
+    counts.py      references to each cluster of the file
+    walk.py        … counted, by following every table
+    check.py       errors and leaks found, and repaired
+    rewrite.py     another image made of the one in the file, and switched to at once
+    header.py      changes of the header; the backing file's name
+    snapshots.py   internal snapshots
+    resize.py      another size for the disk
 """

@@ -125,9 +125,10 @@ class Header:
         """The size of an L2 entry in bytes is 1 << this."""
         return 4 if self.has_subclusters else 3
 
-    def l1_size_needed(self) -> int:
-        """Entries of the L1 table that cover the disk."""
-        return -(-self.size >> (2 * self.cluster_bits - self.l2_entry_bits))
+    def l1_size_needed(self, size_bytes: int | None = None) -> int:
+        """Entries of the L1 table that cover the disk, or one of `size_bytes`."""
+        covered_bits = 2 * self.cluster_bits - self.l2_entry_bits
+        return -(-(self.size if size_bytes is None else size_bytes) >> covered_bits)
 
 
 def parse_header(path: str, data: bytes, file_bytes: int) -> Header:

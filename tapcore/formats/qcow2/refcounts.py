@@ -79,6 +79,14 @@ class RefcountBlock:
         per_sector = SECTOR_BYTES // self._wide.itemsize
         return to_big_endian(self._wide[per_sector * number : per_sector * (number + 1)])
 
+    def part(self, at: int, count: int) -> list[int]:
+        """`count` refcounts from `at` on; both multiples of 8."""
+        if self._wide is not None:
+            return self._wide[at : at + count].tolist()
+        if not any(self._narrow[at >> self._per_byte_bits : at + count >> self._per_byte_bits]):
+            return [0] * count
+        return [self[number] for number in range(at, at + count)]
+
     def tobytes(self) -> bytes:
         return bytes(self._narrow) if self._wide is None else to_big_endian(self._wide)
 

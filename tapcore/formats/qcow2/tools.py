@@ -11,6 +11,7 @@ from tapcore.formats.imagefile import ImageFile
 from tapcore.formats.probe import FORMATS
 from tapcore.formats.qcow2.check import check
 from tapcore.formats.qcow2.create import create
+from tapcore.formats.qcow2.header import set_backing
 from tapcore.formats.qcow2.layout import COMPRESSIONS, LAZY_REFCOUNTS
 from tapcore.formats.qcow2.load import load_header
 from tapcore.formats.tools import Backing, ImageTools, Report
@@ -50,7 +51,7 @@ class Qcow2Tools(ImageTools):
 
     @classmethod
     def check(cls, path: str, *, repair: bool = False) -> Report:
-        return check(path)
+        return check(path, repair=repair)
 
     @classmethod
     def describe(cls, path: str) -> dict[str, Any]:
@@ -65,6 +66,16 @@ class Qcow2Tools(ImageTools):
             "lazy_refcounts": bool(header.compatible_features & LAZY_REFCOUNTS),
             "extended_l2": header.has_subclusters, "snapshots": header.nb_snapshots,
         }
+
+    @classmethod
+    def set_backing(cls, path: str, backing: Backing | None) -> None:
+        set_backing(path, backing)
+
+    @classmethod
+    def resize(cls, path: str, size_bytes: int, *, shrink: bool = False) -> None:
+        from tapcore.formats.qcow2.resize import resize  # it opens chains, whose drivers import what is here
+
+        resize(path, size_bytes, shrink=shrink)
 
 
 def _switch(name: str, text: str) -> bool:
