@@ -6,6 +6,7 @@ import errno
 import random
 import threading
 from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -19,7 +20,9 @@ from tapcore.chain import open_chain
 from tapcore.driver import Driver, Env, OpenFlag
 from tapcore.drivers.qcow2 import Qcow2
 from tapcore.errors import ChainError, ImageError, UsageError
+from tapcore.formats.commit import Commit
 from tapcore.formats.qcow2 import layout
+from tapcore.formats.qcow2.changes import Qcow2Commit, Qcow2Writer
 from tapcore.formats.qcow2.check import check
 from tapcore.formats.qcow2.create import create
 from tapcore.formats.qcow2.layout import COPIED, FEATURES, HEADER_V2
@@ -95,6 +98,35 @@ def test_tables_are_dropped_and_read_again(env: Env, tmp_path: Path, monkeypatch
     runner.close()
     report = check(str(path))
     assert (report.errors, report.leaks) == (0, 0)
+
+
+def test_there_is_one_commit_at_a_time(env: Env, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An older one that ended later would undo what a newer one wrote."""
+    for module in ("mapping", "refcounts"):
+        monkeypatch.setattr(f"tapcore.formats.qcow2.{module}.CACHE_BYTES", 0)
+        monkeypatch.setattr(f"tapcore.formats.qcow2.{module}.MIN_CACHED", 2)
+    commits: list[int] = []
+    begin, succeeded = Qcow2Writer.begin_commit, Qcow2Commit.succeeded
+
+    def counted_begin(self: Qcow2Writer) -> Commit:
+        commits.append(1)
+        return begin(self)
+
+    def counted_end(self: Qcow2Commit) -> None:
+        commits.append(-1)
+        succeeded(self)
+
+    monkeypatch.setattr(Qcow2Writer, "begin_commit", counted_begin)
+    monkeypatch.setattr(Qcow2Commit, "succeeded", counted_end)
+    path = tmp_path / "a.qcow2"
+    create(str(path), 1 << 20, cluster_bits=9, refcount_bits=64)
+    runner = Runner(env, f"qcow2:{path}")
+    offsets = list(range(0, 1 << 20, 4096))
+    random.Random(2).shuffle(offsets)
+    assert set(runner.run(*[Request(WRITE, at, 4096, [memoryview(b"w" * 4096)]) for at in offsets])) == {0}
+    assert set(runner.run(*[Request(DISCARD, at, 4096) for at in offsets])) == {0}
+    runner.close()
+    assert len(commits) > 20 and set(accumulate(commits)) == {0, 1}
 
 
 def test_discard_gives_the_space_back(env: Env, tmp_path: Path) -> None:
