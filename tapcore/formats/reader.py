@@ -348,17 +348,17 @@ class ImageDriver(Driver):
             offset += length
 
         def finish(code: int) -> None:
-            request.extents = _join(answers)
+            request.extents = join_extents(answers)
             self.finish(request, code)
 
         if not self.land(flight, finish):
             return False
-        request.extents = _join(answers)
+        request.extents = join_extents(answers)
         request.error = flight.error
         return True
 
 
-def _join(answers: Sequence[tuple[int, list[Extent]] | Request]) -> list[Extent]:
+def join_extents(answers: Sequence[tuple[int, list[Extent]] | Request]) -> list[Extent]:
     """The parts' extents in one list, up to the first part that was not answered in full; neighbours of one state
     are one extent."""
     joined: list[Extent] = []

@@ -18,6 +18,7 @@ from nbd_servers import Server, nbdkit, qemu_nbd
 from tapcore.driver import Env, Feature, OpenFlag
 from tapcore.formats.qcow2.create import create as create_qcow2
 from tapcore.formats.vhd.create import create as create_vhd
+from tapcore.formats.vmdk.create import create as create_vmdk
 from tapcore.request import (
     BACKGROUND,
     DISCARD,
@@ -53,6 +54,9 @@ CHAINS = {
     "verify": "verify:|aio:{disk}",
     "qcow2": "qcow2:{disk}",
     "qcow2-subclusters": "qcow2:{disk}",
+    "vmdk": "vmdk:{disk}",
+    "vmdk-split": "vmdk:{disk}",
+    "vmdk-flat": "vmdk:{disk}",
     "vhd": "vhd:{disk}",
     "vhd-fixed": "vhd:{disk}",
     "vhdsync": "vhdsync:{disk}",
@@ -61,6 +65,9 @@ CHAINS = {
 FORMATS: dict[str, Callable[[Path], None]] = {
     "qcow2": lambda path: create_qcow2(str(path), SIZE),
     "qcow2-subclusters": lambda path: create_qcow2(str(path), SIZE, extended_l2=True),
+    "vmdk": lambda path: create_vmdk(str(path), SIZE),
+    "vmdk-split": lambda path: create_vmdk(str(path), SIZE, subformat="twoGbMaxExtentSparse", split_bytes=1 << 19),
+    "vmdk-flat": lambda path: create_vmdk(str(path), SIZE, subformat="twoGbMaxExtentFlat", split_bytes=1 << 19),
     "vhd": lambda path: create_vhd(str(path), SIZE, block_bytes=65536),
     "vhd-fixed": lambda path: create_vhd(str(path), SIZE, variant="fixed"),
     "vhdsync": lambda path: create_vhd(str(path), SIZE),

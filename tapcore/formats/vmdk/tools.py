@@ -1,0 +1,142 @@
+"""vmdk: the tools."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from tapcore.driver import SECTOR_BYTES, OpenFlag
+from tapcore.errors import ImageError, UsageError, image_error
+from tapcore.formats.imagefile import ImageFile
+from tapcore.formats.tools import Backing, ImageTools, Report
+from tapcore.formats.vmdk.check import check
+from tapcore.formats.vmdk.create import ADAPTERS, SUBFORMATS, Parent, check_parent, create
+from tapcore.formats.vmdk.descriptor import NO_PARENT_CID, SPARSE_TYPES, replace_entries
+from tapcore.formats.vmdk.load import Image, load_image, open_sparse
+from tapcore.params import size_bytes as parse_size
+
+
+class VmdkTools(ImageTools):
+    name = "vmdk"
+    qemu_name = "vmdk"
+    options: ClassVar[Mapping[str, str]] = {
+        "subformat": f"{', '.join(SUBFORMATS)} (monolithicSparse)",
+        "zeroed_grain": "on or off: grains can be marked as zero, which needs version 2 (off)",
+        "adapter_type": f"{', '.join(ADAPTERS)} (ide)",
+        "grain_size": "4K to 2M (64K)",
+    }
+
+    @classmethod
+    def create(
+        cls, path: str, size_bytes: int, *, backing: Backing | None = None,
+        options: Mapping[str, str] | None = None,
+    ) -> None:
+        options = options or {}
+        zeroed = options.get("zeroed_grain", "off")
+        if zeroed not in ("on", "off"):
+            raise UsageError(f"zeroed_grain {zeroed!r} is neither on nor off")
+        create(path, size_bytes, subformat=options.get("subformat", "monolithicSparse"),
+               parent=_parent(path, backing) if backing else None, zeroed_grain=zeroed == "on",
+               adapter_type=options.get("adapter_type", "ide"),
+               grain_bytes=parse_size("grain_size", options.get("grain_size", "64K")))
+
+    @classmethod
+    def check(cls, path: str, *, repair: bool = False) -> Report:
+        return check(path, repair=repair)
+
+    @classmethod
+    def describe(cls, path: str) -> dict[str, Any]:
+        file = ImageFile.open(path, OpenFlag.RDONLY | OpenFlag.QUERY)
+        try:
+            image = load_image(file)
+            descriptor = image.descriptor
+            headers = [image.header] if image.header else []
+            for line in [] if image.header else descriptor.extents:
+                if line.kind in SPARSE_TYPES:
+                    extent, header = open_sparse(image, line, OpenFlag.RDONLY | OpenFlag.QUERY, ImageFile.open)
+                    extent.close()
+                    headers.append(header)
+        finally:
+            file.close()
+        found: dict[str, Any] = {
+            "subformat": descriptor.create_type, "cid": f"{descriptor.cid:08x}",
+            "parent_cid": f"{descriptor.parent_cid:08x}",
+            "adapter_type": descriptor.entries.get("ddb.adapterType"),
+            "extents": [line.name for line in descriptor.extents] if not image.header else [Path(path).name],
+        }
+        if headers:
+            first = headers[0]
+            found |= {"version": first.version, "grain_bytes": first.grain_bytes,
+                      "zeroed_grain": all(header.has_zero_grain for header in headers),
+                      "redundant_tables": all(bool(header.rgd_offset) for header in headers),
+                      "closed": not any(header.unclean for header in headers)}
+        return found
+
+    @classmethod
+    def set_backing(cls, path: str, backing: Backing | None) -> None:
+        """Also accepts a parent as it is that was written since: its present CID is what the image then knows."""
+        parent = _parent(path, backing) if backing else None
+        file = ImageFile.open(path, OpenFlag.NONE)
+        try:
+            image = load_image(file)
+            if parent is not None:
+                check_parent(parent, image.descriptor.create_type)
+            cid = parent.cid if parent else NO_PARENT_CID
+            changes = {"parentCID": f"{cid:08x}", "parentFileNameHint": f'"{parent.hint}"' if parent else None}
+            _rewrite(image, changes)
+        finally:
+            file.close()
+
+
+def _parent(path: str, backing: Backing) -> Parent:
+    """UsageError, ImageError for what cannot be a parent."""
+    if backing.driver != "vmdk":
+        raise UsageError(f"the backing of a vmdk is a vmdk, not {backing.driver}",
+                         hint="convert one of them, or choose another format: -f qcow2")
+    file = ImageFile.open(str(Path(path).parent / backing.path), OpenFlag.RDONLY | OpenFlag.QUERY)
+    try:
+        return Parent(backing.path, load_image(file).descriptor.cid)
+    finally:
+        file.close()
+
+
+def _rewrite(image: Image, changes: dict[str, str | None]) -> None:
+    """Write the descriptor with other entries: a file of its own is replaced at once, one inside an extent is
+    overwritten."""
+    file = image.file
+    text = replace_entries(file.load(image.descriptor_at, min(image.descriptor_room_bytes, file.size_bytes),
+                                     "the descriptor"), changes)
+    if len(text) > image.descriptor_room_bytes:
+        raise UsageError(f"the descriptor has no room for it: {len(text)} bytes, where "
+                         f"{image.descriptor_room_bytes} are", path=file.path,
+                         hint="name the parent by a shorter path")
+    if image.header is not None:
+        room = -(-len(text) // SECTOR_BYTES) * SECTOR_BYTES
+        former = len(file.load(image.descriptor_at, image.descriptor_room_bytes, "the descriptor").rstrip(b"\0"))
+        file.store(image.descriptor_at, text.ljust(max(room, former), b"\0"), "the descriptor")
+        file.sync_or_raise()
+        return
+    replace_file(file.path, text)
+
+
+def replace_file(path: str, data: bytes) -> None:
+    """Let the file have this content, all of it or, after a crash, none. ImageError."""
+    new = f"{path}.new"
+    try:
+        fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, Path(path).stat().st_mode & 0o777)
+        try:
+            if os.write(fd, data) != len(data):
+                raise ImageError("cannot write it: the file system is full", path=new)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        Path(new).replace(path)
+        folder = os.open(Path(path).parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        raise image_error(error, path, "replace the descriptor") from error
