@@ -74,6 +74,7 @@ writelog.server
 tapcore.chain
 tapcore.formats.qcow2.resize
 --
+tapcore.img
 tapcore.vbd
 --
 tapcore.control
@@ -90,6 +91,9 @@ tapcore.engine
 writelog.replica_
 writelog.sync_
 --
+tapcore.img.cli
+tapcore.img.commands
+tapcore.img.legacy
 tapcore.tapctl
 tapcore.tapdisk
 writelog.cli

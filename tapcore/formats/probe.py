@@ -8,6 +8,8 @@ only if it leads nowhere else.
 from __future__ import annotations
 
 import errno
+import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -18,7 +20,26 @@ FORMATS: Final = {"raw": "aio", "file": "aio", "host_device": "aio", "qcow": "qc
                   "vpc": "vhd", "vmdk": "vmdk"}
 """QEMU's names of formats, and the drivers here."""
 _QCOW: Final = b"QFI\xfb"
-_OTHER_MAGICS: Final = (b"conectix", b"cxsparse", b"vhdxfile", b"KDMV", b"COWD", b"# Disk DescriptorFile")
+_VHD: Final = b"conectix"
+_VMDK: Final = b"KDMV"
+_VMDK_TEXT: Final = b"# Disk DescriptorFile"
+_OTHER_MAGICS: Final = (b"cxsparse", b"vhdxfile", b"COWD")
+_LOOK_BYTES: Final = 64 << 10
+_FOOTER_BYTES: Final = 512
+_VHD_TYPE_AT: Final = 60
+_VHD_DIFFERENCING: Final = 4
+_QCOW2_FEATURES_AT: Final = 72
+_QCOW2_EXTERNAL_DATA: Final = 4
+
+
+@dataclass(frozen=True)
+class Guess:
+    """What a file looks like. `leads_on`: as an image of that format it would make others be opened, or may."""
+
+    driver: str
+    leads_on: bool = False
+    hint: str | None = None
+    """What else it may be."""
 
 
 def parent_of(path: str, backing_file: str, backing_format: str | None) -> ParentId:
@@ -39,23 +60,45 @@ def parent_of(path: str, backing_file: str, backing_format: str | None) -> Paren
     return ParentId(FORMATS[backing_format], parent)
 
 
-def probe(path: str, child: str) -> str:
-    """The driver for the file at `path`, by its first bytes. ImageError if it cannot be read, or seems to be an
-    image that leads to other files: that `child` must say itself."""
+def look(path: str) -> Guess:
+    """What the file at `path` looks like, for one who named it himself. ImageError if it cannot be read."""
     try:
         with Path(path).open("rb") as file:
-            start = file.read(32)
+            start = file.read(_LOOK_BYTES)
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _FOOTER_BYTES))
+            end = file.read(_FOOTER_BYTES)
+    except OSError as error:
+        raise image_error(error, path, "open the image") from error
+    version = int.from_bytes(start[4:8], "big")
+    if start[:4] == _QCOW and version in (1, 2, 3):
+        features = int.from_bytes(start[_QCOW2_FEATURES_AT : _QCOW2_FEATURES_AT + 8], "big")
+        has_data_file = version == 3 and bool(features & _QCOW2_EXTERNAL_DATA)
+        return Guess("qcow" if version == 1 else "qcow2", any(start[8:16]) or has_data_file)
+    if start.startswith(_VHD):
+        types = [int.from_bytes(footer[_VHD_TYPE_AT : _VHD_TYPE_AT + 4], "big") for footer in (start, end)
+                 if footer.startswith(_VHD)]
+        return Guess("vhd", _VHD_DIFFERENCING in types)
+    if start.startswith(_VMDK):
+        return Guess("vmdk", b"parentFileNameHint" in start)
+    if start.startswith(_VMDK_TEXT):
+        return Guess("vmdk", True)
+    if end.startswith(_VHD):
+        return Guess("aio", hint="it ends like a fixed VHD: if it is one, say -f vhd")
+    return Guess("aio")
+
+
+def probe(path: str, child: str) -> str:
+    """The driver for the file at `path`, by its first bytes. ImageError if it cannot be read, or seems to be an
+    image that may lead to other files: that `child` must say itself."""
+    try:
+        with Path(path).open("rb") as file:
+            start = file.read(max(map(len, _OTHER_MAGICS)))
     except OSError as error:
         raise image_error(error, path, f"open the backing file of {child}") from error
-    if start[:4] == _QCOW:
-        version = int.from_bytes(start[4:8], "big")
-        if version in (1, 2, 3):
-            if any(start[8:16]):
-                raise _undecided(path, child)
-            return "qcow" if version == 1 else "qcow2"
-    if start.startswith(_OTHER_MAGICS):
+    guess = look(path)
+    if guess.leads_on or guess.driver in ("vhd", "vmdk") or start.startswith(_OTHER_MAGICS):
         raise _undecided(path, child)
-    return "aio"
+    return guess.driver
 
 
 def _undecided(path: str, child: str) -> ImageError:

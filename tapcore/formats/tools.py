@@ -108,4 +108,10 @@ def find_tools(name: str) -> type[ImageTools]:
     for tools in ImageTools.registry.values():
         if name in (tools.name, tools.qemu_name):
             return tools
-    raise UsageError(f"unknown format {name!r}", hint=f"known formats: {', '.join(sorted(ImageTools.registry))}")
+    known = ", ".join(sorted(map(format_name, ImageTools.registry)))
+    raise UsageError(f"unknown format {name!r}", hint=f"known formats: {known}")
+
+
+def format_name(driver: str) -> str:
+    """What people call the format that `driver` reads."""
+    return "raw" if driver in ("aio", "sync") else driver
