@@ -68,3 +68,7 @@ class RecordingFile(ImageFile):
     def discard(self, offset: int, length: int) -> int:
         self.journal.entries.append((offset, bytes(length)))
         return super().discard(offset, length)
+
+    def zeroes(self, offset: int, length: int, flags: int) -> int:
+        self.journal.entries.append((offset, bytes(length)))
+        return super().zeroes(offset, length, flags)

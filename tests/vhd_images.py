@@ -1,15 +1,12 @@
-"""VHD images for tests: made over a parent, changed byte by byte, and driven at random beside plain bytes."""
+"""VHD images for tests: made over a parent, and changed byte by byte."""
 
 from __future__ import annotations
 
-import errno
-import random
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from contract.runner import Runner
-from hypothesis import strategies as st
 
 from tapcore.driver import Env
 from tapcore.formats.vhd.create import create, look_at_parent
@@ -23,7 +20,6 @@ from tapcore.formats.vhd.layout import (
     parse_footer,
     parse_header,
 )
-from tapcore.request import BACKGROUND, DISCARD, FAST, FLUSH, FUA, NO_HOLE, READ, WRITE, ZEROES, Request
 
 BLOCK = 65536
 
@@ -87,54 +83,3 @@ def first_block(path: Path) -> int:
     table = image[header.table_offset :][: 4 * header.max_table_entries]
     entries = [int.from_bytes(table[at : at + 4], "big") for at in range(0, len(table), 4)]
     return min(entries) * SECTOR_BYTES
-
-
-Op = tuple[int, int, int, int, int]
-"""op, offset, length, flags, seed."""
-
-
-@st.composite
-def operations(draw: st.DrawFn, size: int) -> Op:
-    op = draw(st.sampled_from((READ, WRITE, WRITE, ZEROES, DISCARD, FLUSH)))
-    unit = draw(st.sampled_from((1, 512, 4096)))
-    offset = draw(st.integers(0, (size - 1) // unit)) * unit
-    length = min(draw(st.integers(1, 40)) * unit, size - offset)
-    flags = {READ: (0, BACKGROUND), WRITE: (0, FUA, BACKGROUND), ZEROES: (0, NO_HOLE, FUA, FAST),
-             DISCARD: (0, FUA), FLUSH: (0,)}[op]
-    return op, offset, length, draw(st.sampled_from(flags)), draw(st.integers(0, 1 << 30))
-
-
-class Model:
-    """The bytes of the disk; batches of requests that do not overlap run on both."""
-
-    def __init__(self, runner: Runner, disk: bytes) -> None:
-        self.runner = runner
-        self.disk = bytearray(disk)
-
-    def run(self, ops: list[Op]) -> None:
-        batch: list[Request] = []
-        for op, offset, length, flags, seed in ops:
-            if any(offset < other.offset + other.length and other.offset < offset + length for other in batch):
-                self._finish(batch)
-                batch = []
-            data = random.Random(seed).randbytes(length) if op == WRITE else bytes(length)
-            iov = [memoryview(bytearray(data))] if op in (READ, WRITE) else []
-            batch.append(Request(op, offset, length if op != FLUSH else 0, iov, flags))
-        self._finish(batch)
-
-    def _finish(self, batch: list[Request]) -> None:
-        for request, code in zip(batch, self.runner.run(*batch), strict=True):
-            start, end = request.offset, request.offset + request.length
-            if request.flags & FAST and code == errno.ENOTSUP:
-                continue
-            assert code == 0
-            if request.op == READ:
-                assert b"".join(request.iov) == self.disk[start:end]
-            elif request.op == WRITE:
-                self.disk[start:end] = b"".join(request.iov)
-            elif request.op == ZEROES:
-                self.disk[start:end] = bytes(request.length)
-            elif request.op == DISCARD:
-                now = self.runner.read(start, end - start)
-                assert all(new in (0, old) for new, old in zip(now, self.disk[start:end], strict=True))
-                self.disk[start:end] = now

@@ -9,9 +9,10 @@ from tempfile import TemporaryDirectory
 
 import pytest
 from contract.runner import Runner
+from formats_model import Model, disk_operations
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from vhd_images import BLOCK, Model, Op, fill, first_block, make_overlay, operations
+from vhd_images import BLOCK, fill, first_block, make_overlay
 
 from tapcore.driver import Driver, Env, OpenFlag
 from tapcore.drivers.vhd import Vhd, VhdSync
@@ -47,9 +48,9 @@ KINDS = ("fixed", "dynamic", "raw", "vhd")
 
 @settings(max_examples=80, deadline=None, suppress_health_check=FIXTURE)
 @given(kind=st.sampled_from(KINDS), driver=st.sampled_from(("vhd", "vhd", "vhdsync")),
-       parent_sectors=st.sampled_from((1, 300, 700)), ops=st.lists(operations(SIZE), min_size=5, max_size=40))
+       parent_sectors=st.sampled_from((1, 300, 700)), ops=st.lists(disk_operations(SIZE), min_size=5, max_size=40))
 def test_any_sequence_over_any_parent(
-    env: Env, kind: str, driver: str, parent_sectors: int, ops: list[Op]
+    env: Env, kind: str, driver: str, parent_sectors: int, ops: list[tuple[int, int, int, int, int]]
 ) -> None:
     with TemporaryDirectory(dir="/dev/shm") as name:
         path = Path(name) / "a.vhd"
