@@ -12,10 +12,12 @@ import importlib
 import pkgutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Final
+from types import TracebackType
+from typing import Any, ClassVar, Final, Protocol, Self
 
 import tapcore.formats
 from tapcore.errors import ImageError, UsageError
+from tapcore.layout import Buffer
 
 MAX_MESSAGES: Final = 100
 
@@ -48,6 +50,21 @@ class Backing:
     driver: str
 
 
+class Packer(Protocol):
+    """A new image that is written compressed, from front to back. A context manager: what leaves it well is whole
+    and durable, what raises leaves no file. ImageError."""
+
+    def write(self, offset: int, data: Buffer) -> None:
+        """The disk has `data` at `offset`, which is not before the end of what was written. What is left out reads
+        as zeroes."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
 class ImageTools:
     """The tools of one format. Every method takes the image's path, and raises UsageError for what no image of
     this format can be, ImageError for what goes wrong with the file; then nothing is half-made or changed."""
@@ -71,6 +88,14 @@ class ImageTools:
     ) -> None:
         """Make an empty image, durably. `path` must not exist."""
         raise cls._cannot(path, "create")
+
+    @classmethod
+    def packer(cls, path: str, size_bytes: int, options: Mapping[str, str], *, compress: bool) -> Packer | None:
+        """Make an image to be written compressed, if `compress` or the options ask for that. None: it is made by
+        `create`, and written through its driver."""
+        if compress:
+            raise cls._cannot(path, "write compressed")
+        return None
 
     @classmethod
     def check(cls, path: str, *, repair: bool = False) -> Report:

@@ -68,7 +68,8 @@ and with -n any image, is written where it is, and zeroed behind the source's en
 
 examples:
   td-img convert disk.vmdk disk.qcow2
-  td-img convert --progress -O vhd -o subformat=fixed disk.qcow2 disk.vhd
+  td-img convert --progress -O vhd -o variant=fixed disk.qcow2 disk.vhd
+  td-img convert -c disk.qcow2 disk.vmdk                       streamOptimized
   td-img convert nbd:unix:/run/vm1.nbd copy.qcow2
   td-img convert disk.qcow2 /dev/vg/disk
 """
@@ -239,7 +240,7 @@ def _add_copying(add: Add) -> None:
     convert.add_argument("-n", "--existing", action="store_true", help="write into an image that exists")
     convert.add_argument("--force", action="store_true",
                          help="replace a file that exists when the new one is whole")
-    convert.set_defaults(compress=False)
+    convert.add_argument("-c", "--compress", action="store_true", help="write it compressed")
     _add_progress(convert)
     compare = add("compare", commands.compare, "Tell whether two disks have the same content.", COMPARE, "one")
     compare.add_argument("other", metavar="OTHER")

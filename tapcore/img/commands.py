@@ -175,7 +175,8 @@ def _convert(
         return converting.convert_into(session, source, target, progress)
     tools = format_of(path, options.target_format)
     chosen = create_options(tools, options.option)
-    return converting.convert_to_new(session, source, path, tools, progress, options=chosen, replace=options.force)
+    return converting.convert_to_new(session, source, path, tools, progress, options=chosen,
+                                     compress=options.compress, replace=options.force)
 
 
 def compare(options: argparse.Namespace) -> int:

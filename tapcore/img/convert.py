@@ -11,8 +11,8 @@ from pathlib import Path
 from tapcore.chain import Chain
 from tapcore.driver import OpenFlag
 from tapcore.errors import UsageError
-from tapcore.formats.tools import ImageTools
-from tapcore.img.copy import Disk, copy, granule_of, piece_of, zero_out
+from tapcore.formats.tools import ImageTools, Packer
+from tapcore.img.copy import MIN_GRANULE_BYTES, Disk, copy, granule_of, piece_of, read_in_order, zero_out
 from tapcore.img.locate import Image, file_image
 from tapcore.img.newfile import new_file
 from tapcore.img.progress import Progress
@@ -38,17 +38,22 @@ def is_block_device(path: str) -> bool:
 
 def convert_to_new(
     session: Session, source: Image, path: str, tools: type[ImageTools], progress: Progress, *,
-    options: Mapping[str, str], replace: bool = False,
+    options: Mapping[str, str], compress: bool = False, replace: bool = False,
 ) -> Result:
     """Make `path`, an image with the content of `source`. It is there when it is whole, and else not."""
     started_s = time.monotonic()
     chain = session.open(source.chain, OpenFlag.RDONLY)
     size_bytes = chain.info.size_bytes
     with new_file(path, replace=replace) as place:
-        tools.create(place, size_bytes, options=options)
-        target = session.open(file_image(place, tools.name).chain)
-        _copy_all(session, chain, source, target, path, progress, reads_zero=True)
-        session.close(target)
+        packer = tools.packer(place, size_bytes, options, compress=compress)
+        if packer is not None:
+            with packer:
+                _pack_all(session, chain, source, packer, progress)
+        else:
+            tools.create(place, size_bytes, options=options)
+            target = session.open(file_image(place, tools.name).chain)
+            _copy_all(session, chain, source, target, path, progress, reads_zero=True)
+            session.close(target)
     session.close(chain)
     progress.end()
     return Result(str(source), path, size_bytes, progress.done_bytes, time.monotonic() - started_s)
@@ -94,6 +99,16 @@ def _copy_all(
     progress.start(count_data(session, walk) if progress.is_on else 0)
     copy(session, Disk(source.head, str(source_image)), Disk(target.head, target_name), walk(), progress,
          granule_bytes=granule_bytes, reads_zero=reads_zero)
+
+
+def _pack_all(session: Session, source: Chain, image: Image, packer: Packer, progress: Progress) -> None:
+    def walk() -> Walk:
+        return Walk(session, source.head, str(image), granule_bytes=MIN_GRANULE_BYTES)
+
+    progress.start(count_data(session, walk) if progress.is_on else 0)
+    for offset, data in read_in_order(session, Disk(source.head, str(image)), walk()):
+        packer.write(offset, data)
+        progress.advance(len(data))
 
 
 def count_data(session: Session, walk: Callable[[], Walk]) -> int:

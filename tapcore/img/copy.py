@@ -124,6 +124,31 @@ def copy(
     session.run([flush(target)])
 
 
+def read_in_order(session: Session, source: Disk, walk: Walk) -> Iterator[tuple[int, memoryview]]:
+    """(offset, data) of the DATA pieces of `walk`, several of which are read together; the data is good until the
+    next is asked for. ImageError."""
+    buffers = [new_buffer(PIECE_BYTES) for _ in range(TASKS)]
+    found: list[tuple[int, memoryview]] = []
+
+    def task() -> Task:
+        batch: Batch = []
+        while len(batch) < len(buffers) and (piece := (yield from walk.next())) is not None:
+            if piece.kind == DATA:
+                data = buffers[len(batch)][: piece.length]
+                found.append((piece.offset, data))
+                batch.append((source.driver, Request(READ, piece.offset, piece.length, [data], BACKGROUND)))
+        yield batch
+        for _, request in batch:
+            ended_well(request, source.name)
+
+    while True:
+        found.clear()
+        session.run([task()])
+        if not found:
+            return
+        yield from found
+
+
 def store(target: Disk, offset: int, data: memoryview, granule_bytes: int, *, reads_zero: bool) -> Steps[None]:
     """Write what is not zero of `data`, and zero the rest unless it reads as zeroes already."""
     batch: Batch = []

@@ -21,8 +21,9 @@ from support import need
 from tapcore.img.cli import main
 
 SIZE = 8 << 20
-FORMATS = {"raw": "raw", "qcow2": "qcow2"}
-"""Ours, and qemu-img's names of them."""
+FORMATS = {"raw": "raw", "qcow2": "qcow2", "vhd": "vpc", "vmdk": "vmdk"}
+CHECKED = ("qcow2", "vmdk")
+"""Ours, and qemu-img's names of them; and those that qemu-img can check."""
 
 
 @pytest.fixture(autouse=True)
@@ -79,8 +80,28 @@ def test_convert_from_each_to_each(tmp_path: Path, source: str, target: str) -> 
     assert other.stat().st_blocks <= theirs.stat().st_blocks + 256, "zeroes take no space"
     assert as_json("compare", "-f", source, "-F", target, one, other)["equal"]
     assert as_json("check", "-f", target, other)["errors"] == 0
-    if target != "raw":
+    if target in CHECKED:
         qemu_img("check", "-f", FORMATS[target], other)
+
+
+@pytest.mark.parametrize(("target", "options", "files"), [
+    ("vmdk", ["-o", "subformat=twoGbMaxExtentSparse"], 2), ("vmdk", ["-o", "subformat=monolithicFlat"], 2),
+    ("vmdk", ["-c"], 1), ("vmdk", ["-o", "subformat=streamOptimized,adapter_type=lsilogic"], 1),
+    ("vhd", ["-o", "variant=fixed"], 1), ("qcow2", ["-o", "version=2,cluster_size=512"], 1),
+    ("qcow2", ["-o", "cluster_size=2M"], 1),
+])
+def test_convert_to_variants(tmp_path: Path, target: str, options: list[str], files: int) -> None:
+    sparse(tmp_path / "disk")
+    folder = tmp_path / "out"
+    folder.mkdir()
+    path = folder / "a.image"
+    td_img("convert", "-O", target, *options, tmp_path / "disk", path)
+    assert len(list(folder.iterdir())) == files
+    qemu_img("compare", "-f", "raw", "-F", FORMATS[target], tmp_path / "disk", path)
+    assert "exists" in td_img("convert", "-O", target, *options, tmp_path / "disk", path, status=1)
+    td_img("convert", "--force", "-O", target, *options, tmp_path / "disk", path)
+    td_img("compare", "-F", target, tmp_path / "disk", path)
+    assert len(list(folder.iterdir())) == files
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -5,17 +5,20 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 from tapcore.driver import SECTOR_BYTES, OpenFlag
 from tapcore.errors import ImageError, UsageError, image_error
 from tapcore.formats.imagefile import ImageFile
-from tapcore.formats.tools import Backing, ImageTools, Report
+from tapcore.formats.tools import Backing, ImageTools, Packer, Report
 from tapcore.formats.vmdk.check import check
 from tapcore.formats.vmdk.create import ADAPTERS, SUBFORMATS, Parent, check_parent, create
 from tapcore.formats.vmdk.descriptor import NO_PARENT_CID, SPARSE_TYPES, replace_entries
 from tapcore.formats.vmdk.load import Image, load_image, open_sparse
+from tapcore.formats.vmdk.stream import StreamImage
 from tapcore.params import size_bytes as parse_size
+
+STREAM: Final = "streamOptimized"
 
 
 class VmdkTools(ImageTools):
@@ -41,6 +44,21 @@ class VmdkTools(ImageTools):
                parent=_parent(path, backing) if backing else None, zeroed_grain=zeroed == "on",
                adapter_type=options.get("adapter_type", "ide"),
                grain_bytes=parse_size("grain_size", options.get("grain_size", "64K")))
+
+    @classmethod
+    def packer(cls, path: str, size_bytes: int, options: Mapping[str, str], *, compress: bool) -> Packer | None:
+        """A stream, which is asked for by its subformat too."""
+        if options.get("subformat", STREAM if compress else "") != STREAM:
+            if compress:
+                raise UsageError(f"a compressed vmdk has the subformat {STREAM}", hint="leave out the other one")
+            return None
+        others = sorted(set(options) - {"subformat", "adapter_type"})
+        if others:
+            raise UsageError(f"{others[0]} is not an option of {STREAM}", hint="it has adapter_type alone")
+        adapter = options.get("adapter_type", ADAPTERS[0])
+        if adapter not in ADAPTERS:
+            raise UsageError(f"adapter_type {adapter!r} is none of {', '.join(ADAPTERS)}")
+        return StreamImage(path, size_bytes, adapter_type=adapter)
 
     @classmethod
     def check(cls, path: str, *, repair: bool = False) -> Report:
