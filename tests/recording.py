@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import ClassVar
 
 from tapcore.formats.imagefile import ImageFile
@@ -15,9 +16,16 @@ SECTOR = 512
 @dataclass
 class Journal:
     """What happened to the file, in order: (offset, data), a length to which it was cut or grown, or, as a list of
-    one number, a flush that covers the first so many entries."""
+    one number, a flush that covers the first so many entries; None is what happened to another file of the same
+    image, so that one cut goes through the journals of all."""
 
-    entries: list[tuple[int, bytes] | int | list[int]] = field(default_factory=list)
+    entries: list[tuple[int, bytes] | int | list[int] | None] = field(default_factory=list)
+    others: list[Journal] = field(default_factory=list)
+
+    def add(self, entry: tuple[int, bytes] | int | list[int]) -> None:
+        self.entries.append(entry)
+        for other in self.others:
+            other.entries.append(None)
 
     def durable(self, cut: int) -> int:
         """How many of the first `cut` entries no crash at `cut` can undo."""
@@ -43,32 +51,41 @@ class Journal:
 
 
 class RecordingFile(ImageFile):
-    """Records into `journal`. Flushes are recorded but not done."""
+    """Records into `journal`, or one of `journals` if its file's name is among them. Flushes are recorded but not
+    done."""
 
     journal: ClassVar[Journal]
+    journals: ClassVar[dict[str, Journal]] = {}
+
+    def _record(self, entry: tuple[int, bytes] | int) -> None:
+        self._journal().add(entry)
+
+    def _journal(self) -> Journal:
+        return self.journals.get(Path(self.path).name, self.journal)
 
     def write_inline(self, iov: Sequence[memoryview], offset: int) -> int:
         count = super().write_inline(iov, offset)
-        self.journal.entries.append((offset, b"".join(iov)[:count]))
+        self._record((offset, b"".join(iov)[:count]))
         return count
 
     def write(self, iov: Sequence[memoryview], offset: int, length: int, *, fua: bool = False) -> int:
         assert not fua
-        self.journal.entries.append((offset, b"".join(iov)))
+        self._record((offset, b"".join(iov)))
         return super().write(iov, offset, length)
 
     def sync(self) -> int:
-        self.journal.entries.append([len(self.journal.entries)])
+        journal = self._journal()
+        journal.add([len(journal.entries)])
         return 0
 
+    def zeroes(self, offset: int, length: int, flags: int) -> int:
+        self._record((offset, bytes(length)))
+        return super().zeroes(offset, length, flags)
+
     def truncate(self, length: int) -> None:
-        self.journal.entries.append(length)
+        self._record(length)
         super().truncate(length)
 
     def discard(self, offset: int, length: int) -> int:
-        self.journal.entries.append((offset, bytes(length)))
+        self._record((offset, bytes(length)))
         return super().discard(offset, length)
-
-    def zeroes(self, offset: int, length: int, flags: int) -> int:
-        self.journal.entries.append((offset, bytes(length)))
-        return super().zeroes(offset, length, flags)

@@ -8,7 +8,8 @@ up in the image's folder. Its format is taken from the image; where the image do
 at, and refused if it leads to further files.
 
 Read: zero clusters, compressed clusters (zlib, zstd), backing files of any format with a driver here, also shorter
-than the image; images with internal snapshots, bitmaps, lazy refcounts, extended L2 entries (subclusters).
+than the image; images with internal snapshots, bitmaps, lazy refcounts, extended L2 entries (subclusters), or an
+external data file (its name, if relative, is looked up in the image's folder; by QEMU where that was started).
 Written: clusters are allocated, and copied if a snapshot shares them (of an image with subclusters only those that
 are touched); discard gives clusters and their space back; write-zeroes needs no data (version 3). The refcounts of
 an image that was not closed (dirty bit) are rebuilt.
@@ -18,10 +19,10 @@ Refcounts are kept exactly, also where the image would allow them to be lazy. Bi
 Tables are written at a flush, in an order that leaves at most unused clusters after a crash or power loss. Memory
 for them is bounded: about 50 MiB beside the L1 table and the refcount table, whatever the disk's size.
 
-Limits: encrypted images (AES, LUKS), external data files and unknown incompatible features are refused, as is
-writing to an image marked corrupt. Version 2 cannot zero or discard by tables alone over a backing file: there
-zeroes are written and discard changes nothing. Clusters up to 2 MiB, L1 table up to 32 MiB. An image whose tables
-are found to contradict each other is not written any more.
+Limits: encrypted images (AES, LUKS) and unknown incompatible features are refused, as is writing to an image that
+is marked corrupt. Version 2 cannot zero or discard by tables alone over a backing file: there zeroes are written
+and discard changes nothing. Clusters up to 2 MiB, L1 table up to 32 MiB. An image whose tables are found to
+contradict each other is not written any more.
 """
 
 from __future__ import annotations

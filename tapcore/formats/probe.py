@@ -45,19 +45,30 @@ class Guess:
 def parent_of(path: str, backing_file: str, backing_format: str | None) -> ParentId:
     """The parent of the image at `path` that names `backing_file` (relative to its folder) of `backing_format`
     (QEMU's name; None: look). ImageError if it is no local file, or of a format that has no driver."""
-    name = backing_file.removeprefix("file:")
-    if ":" in name.partition("/")[0]:
-        raise ImageError(f"the backing file {backing_file!r} is not the path of a local file", errno=errno.EINVAL,
-                         path=path, hint="name a path with: qemu-img rebase -u -b PATH -F FORMAT IMAGE")
-    parent = str(Path(path).parent / name)
-    if not parent.startswith("/"):
-        parent = "./" + parent  # a driver's path begins with one of these
+    parent = _beside(path, backing_file, "backing file")
     if backing_format is None:
         return ParentId(probe(parent, path), parent)
     if backing_format not in FORMATS:
         raise ImageError(f"the backing file's format {backing_format!r} is not supported", errno=errno.EINVAL,
                          path=path, hint=f"supported formats: {', '.join(FORMATS)}")
     return ParentId(FORMATS[backing_format], parent)
+
+
+def data_path(path: str, name: str) -> str:
+    """The path of the data file that the image at `path` names, relative to its folder. ImageError if it is no
+    local file."""
+    return _beside(path, name, "external data file")
+
+
+def _beside(path: str, name: str, what: str) -> str:
+    """A file that the image at `path` names, as a path that begins with "/" or "./"."""
+    plain = name.removeprefix("file:")
+    if ":" in plain.partition("/")[0]:
+        raise ImageError(f"the {what} {name!r} is not the path of a local file", errno=errno.EINVAL, path=path,
+                         hint="name a path with: qemu-img rebase -u -b PATH -F FORMAT IMAGE"
+                         if what == "backing file" else None)
+    found = str(Path(path).parent / plain)
+    return found if found.startswith("/") else "./" + found
 
 
 def look(path: str) -> Guess:

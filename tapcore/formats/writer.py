@@ -29,7 +29,7 @@ from tapcore.formats.extents import DATA, HOLE, PACKED, TableMiss
 from tapcore.formats.imagefile import zero_views
 from tapcore.formats.reader import Flight, Resume
 from tapcore.formats.tables import Tables
-from tapcore.request import BACKGROUND, DISCARD, FUA, READ, WRITE, Request, fail, slice_iov
+from tapcore.request import BACKGROUND, FUA, NO_HOLE, READ, WRITE, Request, fail, slice_iov
 
 if TYPE_CHECKING:
     from tapcore.formats.writable import WritableDriver
@@ -114,9 +114,9 @@ class Writer(ABC):
     @abstractmethod
     def plan_range(self, request: Request, guest: int, first: int, last: int) -> Unit | None:
         """How [first, last) of the unit at `guest`, whole pieces or up to the disk's end, is to be zeroed or
-        discarded, as `request` says. None: nothing changes. A Unit with a host: its range is zeroed or discarded
-        in the file before `map`. TableMiss, ImageError; MustWriteError, of less than a unit alone: zeroes are
-        written."""
+        discarded, as `request` says. None: nothing changes. A Unit with a host: its range is zeroed in the file,
+        by a hole if it may be, before `map`. TableMiss, ImageError; MustWriteError, of less than a unit alone:
+        zeroes are written."""
 
     def writes_zeroes(self, request: Request) -> bool:
         """Must zeroes be written, because `plan_range` cannot zero whole pieces of `request`?"""
@@ -342,10 +342,7 @@ class Writer(ABC):
 
         def work() -> int:
             for host, length in ranges:
-                if request.op == DISCARD:
-                    code = data.discard(host, length)
-                else:
-                    code = data.zeroes(host, length, request.flags)
+                code = data.zeroes(host, length, request.flags & NO_HOLE)
                 if code:
                     return code
             return 0

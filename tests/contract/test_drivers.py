@@ -54,6 +54,7 @@ CHAINS = {
     "verify": "verify:|aio:{disk}",
     "qcow2": "qcow2:{disk}",
     "qcow2-subclusters": "qcow2:{disk}",
+    "qcow2-data-file": "qcow2:{disk}",
     "vmdk": "vmdk:{disk}",
     "vmdk-split": "vmdk:{disk}",
     "vmdk-flat": "vmdk:{disk}",
@@ -65,6 +66,7 @@ CHAINS = {
 FORMATS: dict[str, Callable[[Path], None]] = {
     "qcow2": lambda path: create_qcow2(str(path), SIZE),
     "qcow2-subclusters": lambda path: create_qcow2(str(path), SIZE, extended_l2=True),
+    "qcow2-data-file": lambda path: create_qcow2(str(path), SIZE, data_file="a.data", data_file_raw=True),
     "vmdk": lambda path: create_vmdk(str(path), SIZE),
     "vmdk-split": lambda path: create_vmdk(str(path), SIZE, subformat="twoGbMaxExtentSparse", split_bytes=1 << 19),
     "vmdk-flat": lambda path: create_vmdk(str(path), SIZE, subformat="twoGbMaxExtentFlat", split_bytes=1 << 19),

@@ -13,6 +13,9 @@ from support import need
 from tapcore.driver import Env, OpenFlag
 from tapcore.formats.qcow2.check import check
 from tapcore.formats.qcow2.create import create
+from tapcore.formats.qcow2.layout import AUTOCLEAR_AT, AUTOCLEAR_DATA_RAW, FEATURES
+from tapcore.formats.qcow2.tools import Qcow2Tools
+from tapcore.formats.tools import Backing
 
 SIZE = 3 << 20
 OPTIONS = [
@@ -29,14 +32,14 @@ def programs() -> None:
     need("qemu-img", "qemu-io")
 
 
-def qemu(*command: object) -> str:
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=30)
+def qemu(*command: object, folder: Path | None = None) -> str:
+    done = subprocess.run([str(word) for word in command], cwd=folder, capture_output=True, text=True, timeout=30)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
 def qemu_check(path: Path) -> None:
-    assert "No errors were found" in qemu("qemu-img", "check", path)
+    assert "No errors were found" in qemu("qemu-img", "check", path, folder=path.parent)
 
 
 class Both:
@@ -83,13 +86,13 @@ class Both:
             else:
                 commands += ["-c", f"write -z -u {offset} {length}"]
                 self.disk[offset : offset + length] = bytes(length)
-        qemu("qemu-io", "-f", "qcow2", *commands, self.path)
+        qemu("qemu-io", "-f", "qcow2", *commands, self.path, folder=self.path.parent)
 
     def compare(self) -> None:
         qemu_check(self.path)
         raw = self.path.parent / "expected.raw"
         raw.write_bytes(self.disk)
-        qemu("qemu-img", "compare", "-f", "qcow2", "-F", "raw", self.path, raw)
+        qemu("qemu-img", "compare", "-f", "qcow2", "-F", "raw", self.path, raw, folder=raw.parent)
         report = check(str(self.path))
         assert (report.errors, report.leaks) == (0, 0), report.messages
         runner = Runner(self.env, f"qcow2:{self.path}", OpenFlag.RDONLY)
@@ -177,6 +180,41 @@ def test_internal_snapshots_stay_as_they_are(env: Env, tmp_path: Path, options: 
         assert out.read_bytes() == content
     qemu("qemu-img", "snapshot", "-d", "one", path)
     both.turns()
+
+
+@pytest.mark.parametrize("made", ["here", "there"])
+@pytest.mark.parametrize(("options", "backing_bytes"), [
+    ("", 0), ("", 1 << 20), ("data_file_raw=on", 0), ("cluster_size=16k,extended_l2=on", 1 << 20),
+    ("cluster_size=16k,extended_l2=on,data_file_raw=on", 0)])
+def test_external_data_files(env: Env, tmp_path: Path, options: str, backing_bytes: int, made: str) -> None:
+    """A raw one is what the guest sees, also for those who read it alone."""
+    content = random.Random(9).randbytes(backing_bytes)
+    (tmp_path / "base.raw").write_bytes(content)
+    path, data = tmp_path / "a.qcow2", tmp_path / "a.data"
+    options = ",".join(filter(None, ["data_file=a.data", options]))
+    if made == "there":
+        backing = ["-b", "base.raw", "-F", "raw"] if backing_bytes else []
+        qemu("qemu-img", "create", "-q", "-f", "qcow2", "-o", options, *backing, path, SIZE, folder=tmp_path)
+    else:
+        Qcow2Tools.create(str(path), SIZE, backing=Backing("base.raw", "aio") if backing_bytes else None,
+                          options=dict(option.split("=") for option in options.split(",")))
+    both = Both(env, path, content.ljust(SIZE, b"\0"), (options, made))
+    for turn in (both.write_here, both.write_there, both.write_here):
+        turn()
+        both.compare()
+        if "raw" in options:
+            assert data.read_bytes() == both.disk
+    assert path.stat().st_size < 1 << 20, "the data is not in the image"
+    assert FEATURES.unpack(path.read_bytes(), AUTOCLEAR_AT)["bits"] == AUTOCLEAR_DATA_RAW * ("raw" in options)
+
+
+def test_a_data_file_is_locked_as_an_image_is(env: Env, tmp_path: Path) -> None:
+    create(str(tmp_path / "a.qcow2"), SIZE, data_file="a.data")
+    runner = Runner(env, f"qcow2:{tmp_path / 'a.qcow2'}")
+    done = subprocess.run(["qemu-io", "-f", "raw", "-c", "write 0 512", str(tmp_path / "a.data")],
+                          capture_output=True, timeout=30)
+    assert done.returncode != 0 and b"lock" in done.stderr
+    runner.close()
 
 
 def test_an_image_with_bitmaps(env: Env, tmp_path: Path) -> None:

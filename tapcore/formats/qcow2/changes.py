@@ -42,7 +42,10 @@ logger = logging.getLogger(__name__)
 
 
 class Qcow2Writer(Writer):
-    """Of one image. A unit's `entry` is its new L2 entry, of a write without the place: 0."""
+    """Of one image. A unit's `entry` is its new L2 entry, to which its place is added if it has COPIED set.
+
+    Of an image with an external data file, each cluster's place there is that of the guest; it is not counted.
+    """
 
     driver: Qcow2Driver
 
@@ -54,6 +57,7 @@ class Qcow2Writer(Writer):
         self._refcounts = driver.refcounts
         self._cluster_bits = header.cluster_bits
         self._has_zero_flag = header.version >= 3
+        self._external = mapping.external
 
     # Plan
 
@@ -63,19 +67,26 @@ class Qcow2Writer(Writer):
         kind, host = mapping.kind_of(entry, guest)
         if kind == DATA and entry & COPIED:
             return host
-        kept = kind == ZERO and host and entry & COPIED
+        kept = kind == ZERO and mapping.has_host(entry) and entry & COPIED
         reads_zero = kind == ZERO or (kind == HOLE and not self.driver.backing_bytes(guest, self.unit_bytes))
-        return Unit(guest, guest, guest + self.unit_bytes, host if kept else NOWHERE, reads_zero=reads_zero)
+        return Unit(guest, guest, self.end_of(guest + self.unit_bytes), host if kept else NOWHERE,
+                    reads_zero=reads_zero, entry=COPIED)
+
+    def end_of(self, stop: int) -> int:
+        """A data file is not written past the disk's end."""
+        return min(stop, self.driver.info.size_bytes) if self._external else stop
 
     def plan_range(self, request: Request, guest: int, first: int, last: int) -> Unit | None:
         entry = self._mapping.entry(guest)
-        kind, host = self._mapping.kind_of(entry, guest)
+        kind, _ = self._mapping.kind_of(entry, guest)
         shows_backing = self.driver.backing_bytes(guest, self.unit_bytes) > 0
         if request.op == DISCARD:
             new = self._discarded(entry, kind, shows_backing)
         else:
-            new = self._zeroed(entry, kind, host, shows_backing, request.flags)
-        return None if new == entry else Unit(guest, first, last, entry=new)
+            new = self._zeroed(entry, kind, shows_backing, request.flags)
+        if new == entry:
+            return None
+        return Unit(guest, first, last, guest if self._external and kind == DATA else NOWHERE, entry=new)
 
     def _discarded(self, entry: int, kind: int, shows_backing: bool) -> int:
         if not shows_backing:
@@ -84,11 +95,11 @@ class Qcow2Writer(Writer):
             return entry
         return ZERO_FLAG
 
-    def _zeroed(self, entry: int, kind: int, host: int, shows_backing: bool, flags: int) -> int:
+    def _zeroed(self, entry: int, kind: int, shows_backing: bool, flags: int) -> int:
         if not self._has_zero_flag:
             return 0
         if flags & NO_HOLE:
-            return entry | ZERO_FLAG if kind in (DATA, ZERO) and host else ZERO_FLAG
+            return entry | ZERO_FLAG if kind in (DATA, ZERO) and self._mapping.has_host(entry) else ZERO_FLAG
         return entry if kind == HOLE and not shows_backing else ZERO_FLAG
 
     def writes_zeroes(self, request: Request) -> bool:
@@ -111,6 +122,10 @@ class Qcow2Writer(Writer):
             self.durable.drop(clusters_of(former, None, self._cluster_bits))
 
     def allocate(self, units: list[Unit]) -> None:
+        if self._external:
+            for unit in units:
+                unit.host = unit.guest
+            return
         at = 0
         while at < len(units):
             first, count = self._take(len(units) - at)
@@ -122,21 +137,21 @@ class Qcow2Writer(Writer):
 
     def _take(self, count: int) -> tuple[int, int]:
         first, count = self._refcounts.allocate(count)
-        end = self._refcounts.file_end << self._cluster_bits
-        self._mapping.file_bytes = max(self._mapping.file_bytes, end)
+        self._mapping.grow(self._refcounts.file_end << self._cluster_bits)
         return first, count
 
     # Map
 
     def map(self, unit: Unit) -> None:
-        new = unit.entry if unit.host == NOWHERE else unit.host | COPIED | unit.entry
+        new = unit.entry | unit.host if unit.entry & COPIED and unit.host != NOWHERE else unit.entry
         former = self._mapping.set_entry(unit.guest, new)
-        if (former ^ new) & OFFSET_MASK or former & COMPRESSED:
+        if not self._external and ((former ^ new) & OFFSET_MASK or former & COMPRESSED):
             place = self._mapping.packed_place(former) if former & COMPRESSED else None
             self.durable.drop(clusters_of(former, place, self._cluster_bits))
 
     def give_up(self, unit: Unit) -> None:
-        self.durable.drop([unit.host >> self._cluster_bits])
+        if not self._external:
+            self.durable.drop([unit.host >> self._cluster_bits])
 
     # Commit, release
 

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator
+from pathlib import Path
 
 from tapcore.driver import OpenFlag
 from tapcore.errors import ImageError
 from tapcore.formats.imagefile import ImageFile
+from tapcore.formats.probe import data_path
 from tapcore.formats.qcow2.counts import CHUNK, CHUNK_BITS, COUNT, MARKED, UNMARKED
 from tapcore.formats.qcow2.layout import CORRUPT, DIRTY, FEATURES, INCOMPATIBLE_AT, Header
 from tapcore.formats.qcow2.load import load_header
@@ -87,7 +89,9 @@ def _stored(walk: Walk) -> Iterator[tuple[int, list[int]]]:
 
 def _compare(walk: Walk) -> Report:
     """Hold the refcounts of the image against what was counted, and the COPIED flags against both."""
-    report = walk.report
+    report, data_file = walk.report, walk.header.data_file
+    if data_file is not None and not Path(data_path(walk.file.path, data_file)).exists():
+        report.add(f"the external data file {data_file!r} does not exist")
     walk.count_tables(1)
     entries = [entry for entry in walk.refcount_table() if entry]
     if len(set(entries)) != len(entries):

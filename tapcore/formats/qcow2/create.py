@@ -13,15 +13,18 @@ from array import array
 from pathlib import Path
 from typing import Final
 
-from tapcore.errors import UsageError, image_error
+from tapcore.errors import ImageError, UsageError, image_error
 from tapcore.formats.extents import to_big_endian
-from tapcore.formats.probe import FORMATS
+from tapcore.formats.probe import FORMATS, data_path
 from tapcore.formats.qcow2.layout import (
+    AUTOCLEAR_DATA_RAW,
     COMPRESSION_TYPE,
     COMPRESSIONS,
     EXT_BACKING_FORMAT,
+    EXT_DATA_FILE,
     EXTENDED_L2,
     EXTENSION,
+    EXTERNAL_DATA,
     HEADER_V2,
     HEADER_V3,
     HEADER_V3_BYTES,
@@ -29,6 +32,7 @@ from tapcore.formats.qcow2.layout import (
     MAGIC,
     MAX_BACKING_NAME_BYTES,
     MAX_CLUSTER_BITS,
+    MAX_DATA_NAME_BYTES,
     MAX_L1_BYTES,
     MAX_REFCOUNT_TABLE_BYTES,
     MIN_CLUSTER_BITS,
@@ -51,23 +55,60 @@ def create(
     lazy_refcounts: bool = False,
     compression: str = "zlib",
     extended_l2: bool = False,
+    data_file: str | None = None,
+    data_file_raw: bool = False,
 ) -> None:
-    """Make an empty image at `path`, durably. `backing` is written as it is given: relative to the image's folder,
-    or absolute; `backing_format` is QEMU's name of its format. UsageError for what no image can be; ImageError if
-    the file exists or cannot be written, and then no new file is left."""
+    """Make an empty image at `path`, durably. `backing` and `data_file` are written as they are given: relative to
+    the image's folder, or absolute; `backing_format` is QEMU's name of its format. The data file is made too, and
+    with `data_file_raw` always is what the guest sees. UsageError for what no image can be; ImageError if a file
+    exists or cannot be written, and then no new file is left."""
     _check(size_bytes, version, cluster_bits, refcount_bits, compression)
-    if version == 2 and (lazy_refcounts or refcount_bits != 16 or compression != "zlib" or extended_l2):
-        raise UsageError("qcow2 version 2 has no lazy refcounts, no extended L2 entries, no refcounts but of 16 "
-                         "bits, and zlib alone")
+    of_version_3 = (lazy_refcounts, extended_l2, data_file, refcount_bits != 16, compression != "zlib")
+    if version == 2 and any(of_version_3):
+        raise UsageError("qcow2 version 2 has no lazy refcounts, no extended L2 entries, no external data file, "
+                         "no refcounts but of 16 bits, and zlib alone")
     if extended_l2 and cluster_bits < MIN_SUBCLUSTERS_BITS:
         raise UsageError(f"extended L2 entries need clusters of {1 << MIN_SUBCLUSTERS_BITS} bytes or more")
+    if data_file_raw and (data_file is None or backing is not None):
+        raise UsageError("data_file_raw goes with a data_file, and not with a backing file")
     cluster_bytes = 1 << cluster_bits
     l1_size = -(-size_bytes >> (2 * cluster_bits - (4 if extended_l2 else 3)))
     if 8 * l1_size > MAX_L1_BYTES:
         raise UsageError(f"a disk of {size_bytes} bytes is too large for clusters of {cluster_bytes} bytes",
                          hint="choose larger clusters")
-    l1_clusters = -(-8 * l1_size // cluster_bytes)
     per_block = 8 * cluster_bytes // refcount_bits
+    table_clusters, blocks, total = _arrange(-(-8 * l1_size // cluster_bytes), per_block, cluster_bytes)
+    features = (EXTENDED_L2 * extended_l2 | EXTERNAL_DATA * (data_file is not None)
+                | COMPRESSION_TYPE * (compression != "zlib"))
+    header = _header(
+        version, cluster_bytes, backing, backing_format, data_file,
+        size=size_bytes, cluster_bits=cluster_bits, l1_size=l1_size,
+        l1_table_offset=(1 + table_clusters + blocks) * cluster_bytes, refcount_table_offset=cluster_bytes,
+        refcount_table_clusters=table_clusters, refcount_order=refcount_bits.bit_length() - 1,
+        incompatible_features=features, compatible_features=LAZY_REFCOUNTS * lazy_refcounts,
+        autoclear_features=AUTOCLEAR_DATA_RAW * data_file_raw, compression_type=COMPRESSIONS.index(compression))
+    first_block = (1 + table_clusters) * cluster_bytes
+    table = array("Q", [first_block + number * cluster_bytes for number in range(blocks)])
+    writes = [(0, header), (cluster_bytes, to_big_endian(table))]
+    for number in range(blocks):
+        block = RefcountBlock(bytes(cluster_bytes), refcount_bits.bit_length() - 1)
+        for at in range(min(per_block, max(0, total - number * per_block))):
+            block[at] = 1
+        writes.append((table[number], block.tobytes()))
+    if data_file is None:
+        _write_new(path, writes, total * cluster_bytes)
+        return
+    data = data_path(path, data_file)
+    _write_new(data, [], size_bytes)
+    try:
+        _write_new(path, writes, total * cluster_bytes)
+    except ImageError:
+        Path(data).unlink()
+        raise
+
+
+def _arrange(l1_clusters: int, per_block: int, cluster_bytes: int) -> tuple[int, int, int]:
+    """How many clusters the refcount table has, how many refcount blocks there are, and clusters in all."""
     blocks = table_clusters = 1
     while True:
         total = 1 + table_clusters + blocks + l1_clusters
@@ -77,23 +118,7 @@ def create(
         blocks, table_clusters = max(blocks, needed[0]), max(table_clusters, needed[1])
     if table_clusters * cluster_bytes > MAX_REFCOUNT_TABLE_BYTES:
         raise UsageError("the refcount table would be too large", hint="choose larger clusters")
-    header = _header(
-        version, cluster_bytes, backing, backing_format,
-        size=size_bytes, cluster_bits=cluster_bits, l1_size=l1_size,
-        l1_table_offset=(1 + table_clusters + blocks) * cluster_bytes, refcount_table_offset=cluster_bytes,
-        refcount_table_clusters=table_clusters, refcount_order=refcount_bits.bit_length() - 1,
-        incompatible_features=COMPRESSION_TYPE * (compression != "zlib") | EXTENDED_L2 * extended_l2,
-        compatible_features=LAZY_REFCOUNTS if lazy_refcounts else 0,
-        compression_type=COMPRESSIONS.index(compression))
-    first_block = (1 + table_clusters) * cluster_bytes
-    table = array("Q", [first_block + number * cluster_bytes for number in range(blocks)])
-    writes = [(0, header), (cluster_bytes, to_big_endian(table))]
-    for number in range(blocks):
-        block = RefcountBlock(bytes(cluster_bytes), refcount_bits.bit_length() - 1)
-        for at in range(min(per_block, max(0, total - number * per_block))):
-            block[at] = 1
-        writes.append((table[number], block.tobytes()))
-    _write_new(path, writes, total * cluster_bytes)
+    return table_clusters, blocks, total
 
 
 def _check(size_bytes: int, version: int, cluster_bits: int, refcount_bits: int, compression: str) -> None:
@@ -110,30 +135,32 @@ def _check(size_bytes: int, version: int, cluster_bits: int, refcount_bits: int,
 
 
 def _header(
-    version: int, cluster_bytes: int, backing: str | None, backing_format: str | None, **fields: int
+    version: int, cluster_bytes: int, backing: str | None, backing_format: str | None, data_file: str | None,
+    **fields: int
 ) -> bytes:
     if (backing is None) != (backing_format is None):
         raise UsageError("a backing file and its format go together")
     if backing_format is not None and backing_format not in FORMATS:
         raise UsageError(f"unknown backing format {backing_format!r}", hint=f"known formats: {', '.join(FORMATS)}")
-    name = os.fsencode(backing or "")
+    name, data_name = os.fsencode(backing or ""), os.fsencode(data_file or "")
     extensions = b""
-    if backing_format is not None:
-        text = backing_format.encode()
-        extensions = EXTENSION.pack(type=EXT_BACKING_FORMAT, length=len(text))
-        extensions += text.ljust(-(-len(text) // 8) * 8, b"\0")
+    for kind, text in ((EXT_BACKING_FORMAT, (backing_format or "").encode()), (EXT_DATA_FILE, data_name)):
+        if text:
+            extensions += EXTENSION.pack(type=kind, length=len(text)) + text.ljust(-(-len(text) // 8) * 8, b"\0")
     extensions += EXTENSION.pack(type=0, length=0)
     header_bytes = HEADER_V2.size if version == 2 else HEADER_V3_BYTES
     name_at = header_bytes + len(extensions)
-    if len(name) > min(MAX_BACKING_NAME_BYTES, cluster_bytes - name_at):
-        raise UsageError(f"the backing file's name is too long: {len(name)} bytes")
+    for what, length, most in (("data", len(data_name), MAX_DATA_NAME_BYTES),
+                               ("backing", len(name), MAX_BACKING_NAME_BYTES)):
+        if length > most or name_at + len(name) > cluster_bytes:
+            raise UsageError(f"the {what} file's name is too long: {length} bytes")
     header = HEADER_V2.pack(
         magic=MAGIC, version=version, backing_file_offset=name_at if name else 0, backing_file_size=len(name),
         crypt_method=0, nb_snapshots=0, snapshots_offset=0,
         **{key: value for key, value in fields.items() if key in HEADER_V2.names})
     if version == 3:
         header += HEADER_V3.pack(
-            autoclear_features=0, header_length=header_bytes,
+            header_length=header_bytes,
             **{key: value for key, value in fields.items() if key in HEADER_V3.names})
     return header + extensions + name
 

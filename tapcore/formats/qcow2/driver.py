@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 
@@ -9,7 +10,7 @@ from tapcore.driver import DiskInfo, Feature, ParentId
 from tapcore.errors import ImageError
 from tapcore.formats.extents import TableMiss, from_big_endian
 from tapcore.formats.imagefile import ImageFile
-from tapcore.formats.probe import parent_of
+from tapcore.formats.probe import data_path, parent_of
 from tapcore.formats.qcow2.changes import Qcow2Writer
 from tapcore.formats.qcow2.check import rebuild_refcounts
 from tapcore.formats.qcow2.layout import (
@@ -51,13 +52,34 @@ class Qcow2Driver(WritableDriver):
             raise
 
     def _open(self, file: ImageFile) -> None:
-        self.header = header = load_header(file)
+        self.header = load_header(file)
+        data = None if self.header.data_file is None else self._open_data(file.path, self.header.data_file)
+        try:
+            self._start(file, data)
+        except BaseException:
+            if data is not None:
+                data.close()
+            raise
+
+    def _open_data(self, path: str, name: str) -> ImageFile:
+        try:
+            return self.file_kind.open(data_path(path, name), self.flags)
+        except ImageError as error:
+            error.message = f"the external data file {name!r}: {error.message}"
+            if error.errno == errno.ENOENT:
+                error.hint = "a relative name is looked up in the image's folder"
+            raise
+
+    def _start(self, file: ImageFile, data: ImageFile | None) -> None:
+        header = self.header
         if not file.read_only:
             header = self.header = _prepare_for_writing(file, header)
+            if data is not None and header.data_is_raw and data.length_now() < header.size:
+                data.truncate(header.size)
         l1 = from_big_endian("Q", file.load(header.l1_table_offset, 8 * header.l1_size, "the L1 table"))
         mapping = make_mapping(header, l1)
-        mapping.file_bytes = -(-file.size_bytes // header.cluster_bytes) * header.cluster_bytes
-        self.start_reading(file, mapping)
+        mapping.grow(-(-file.size_bytes // header.cluster_bytes) * header.cluster_bytes)
+        self.start_reading(file, mapping, data)
         if not file.read_only:
             self.refcounts = load_refcounts(file, header)
             self.refcounts.protect(entry & OFFSET_MASK for entry in l1)
@@ -88,8 +110,8 @@ class Qcow2Driver(WritableDriver):
             table = mapping.tables.get(offset >> mapping.table_shift)
             if table is not None:
                 entry = table[(offset >> mapping.cluster_bits & mapping.index_mask) << mapping.words_shift]
-                if (not entry & mapping.not_plain and 0 < (host := entry & mapping.host_mask) < mapping.file_bytes
-                        and (not mapping.words_shift or mapping.is_in_file(offset, request.length))):
+                if (not entry & mapping.not_plain and 0 < (host := entry & mapping.host_mask) < mapping.data_end
+                        and (mapping.is_plain or mapping.is_present(entry, offset, request.length))):
                     mapping.tables.move_to_end(offset >> mapping.table_shift)
                     try:
                         if os.preadv(self._fd, request.iov, host + within, self._read_flags) == request.length:
@@ -107,11 +129,11 @@ class Qcow2Driver(WritableDriver):
             if table is not None:
                 entry = table[(offset >> mapping.cluster_bits & mapping.index_mask) << mapping.words_shift]
                 if (entry & COPIED and not entry & mapping.not_plain
-                        and 0 < (host := entry & mapping.host_mask) < mapping.file_bytes
-                        and (not mapping.words_shift or mapping.is_in_file(offset, length))
+                        and 0 < (host := entry & mapping.host_mask) < mapping.data_end
+                        and (mapping.is_plain or mapping.is_present(entry, offset, length))
                         and not self.distrusted and self.watch.allows(length)):
                     mapping.tables.move_to_end(offset >> mapping.table_shift)
-                    if self.file.write_inline(request.iov, host + within) == length:
+                    if self.data.write_inline(request.iov, host + within) == length:
                         return True
         return super().queue_write(request)
 
@@ -124,14 +146,14 @@ class Qcow2Driver(WritableDriver):
 
 def _prepare_for_writing(file: ImageFile, header: Header) -> Header:
     """Refuse an image that is marked corrupt; rebuild the refcounts of one that was not closed; clear the
-    autoclear bits: what they stand for is not kept here. Returns the header as it is then. ImageError."""
+    autoclear bits of what is not kept here. Returns the header as it is then. ImageError."""
     if header.incompatible_features & CORRUPT:
         raise ImageError("the image is marked corrupt", path=file.path, offset=INCOMPATIBLE_AT,
                          hint="repair it with qemu-img check -r all, or open it read-only")
     if header.incompatible_features & DIRTY:
         logger.warning("%s: was not closed; its refcounts are rebuilt", file.path)
         rebuild_refcounts(file, header)
-    if header.autoclear_features:
-        file.store(AUTOCLEAR_AT, FEATURES.pack(bits=0), "the header")
+    if header.autoclear_features != header.autoclear_kept:
+        file.store(AUTOCLEAR_AT, FEATURES.pack(bits=header.autoclear_kept), "the header")
         file.sync_or_raise()
     return load_header(file)

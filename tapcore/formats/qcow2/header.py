@@ -81,6 +81,8 @@ def set_backing(path: str, backing: Backing | None) -> None:
     All other extensions stay, in their order."""
     file, header = open_to_change(path)
     try:
+        if backing and header.data_is_raw:
+            raise UsageError("its external data file always is what the guest sees: it can have no backing file")
         cluster = file.load(0, header.cluster_bytes, "the header")
         start = HEADER_V2.size
         if header.version >= 3:
@@ -93,7 +95,8 @@ def set_backing(path: str, backing: Backing | None) -> None:
         new = _pack_extensions(_with_format(found, text))
         if start + len(new) + len(name) > header.cluster_bytes:
             raise UsageError("the header has no room for the backing file's name", hint="choose a shorter path")
-        _switch(file, bytearray(cluster), start, end, new, name)
+        autoclear = header.autoclear_features & AUTOCLEAR_BITMAPS | header.autoclear_kept
+        _switch(file, bytearray(cluster), start, end, new, name, autoclear)
     finally:
         file.close()
 
@@ -128,7 +131,9 @@ def _pack_extensions(extensions: list[tuple[int, bytes]]) -> bytes:
     return b"".join(parts) + EXTENSION.pack(type=0, length=0)
 
 
-def _switch(file: ImageFile, cluster: bytearray, start: int, end: int, extensions: bytes, name: bytes) -> None:
+def _switch(
+    file: ImageFile, cluster: bytearray, start: int, end: int, extensions: bytes, name: bytes, autoclear: int
+) -> None:
     """From what is in `cluster`, whose extensions begin at `start` and end, with the name, at `end`."""
     def named(image: bytearray, at: int) -> None:
         set_fields(image, {"backing_file_offset": at if name else 0, "backing_file_size": len(name)})
@@ -137,9 +142,7 @@ def _switch(file: ImageFile, cluster: bytearray, start: int, end: int, extension
     final = bytearray(cluster)
     final[start : max(end, start + len(new))] = new.ljust(end - start, b"\0")
     named(final, start + len(extensions))
-    if HEADER_V2.unpack(final)["version"] >= 3:
-        autoclear = HEADER_V3.unpack(final, HEADER_V2.size)["autoclear_features"]
-        set_fields(final, {"autoclear_features": autoclear & AUTOCLEAR_BITMAPS})
+    set_fields(final, {"autoclear_features": autoclear})
     behind = -(-max(end, start + len(new)) // SECTOR_BYTES) * SECTOR_BYTES
     steps = [final]
     has_room = start + EXTENSION.size <= SECTOR_BYTES and behind + len(new) <= len(cluster)

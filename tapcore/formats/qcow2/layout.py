@@ -46,16 +46,18 @@ EXT_END: Final = 0
 EXT_BACKING_FORMAT: Final = 0xE2792ACA
 EXT_FEATURE_NAMES: Final = 0x6803F857
 EXT_BITMAPS: Final = 0x23852875
+EXT_DATA_FILE: Final = 0x44415441
 
 DIRTY: Final = 1 << 0
 CORRUPT: Final = 1 << 1
 EXTERNAL_DATA: Final = 1 << 2
 COMPRESSION_TYPE: Final = 1 << 3
 EXTENDED_L2: Final = 1 << 4
-SUPPORTED: Final = DIRTY | CORRUPT | COMPRESSION_TYPE | EXTENDED_L2
+SUPPORTED: Final = DIRTY | CORRUPT | EXTERNAL_DATA | COMPRESSION_TYPE | EXTENDED_L2
 """Incompatible features that do not keep an image from being opened."""
 LAZY_REFCOUNTS: Final = 1 << 0
 AUTOCLEAR_BITMAPS: Final = 1 << 0
+AUTOCLEAR_DATA_RAW: Final = 1 << 1
 
 COMPRESSIONS: Final = ("zlib", "zstd")
 """By compression_type."""
@@ -78,12 +80,12 @@ MAX_REFCOUNT_TABLE_BYTES: Final = 8 << 20
 MAX_SNAPSHOTS: Final = 65536
 MAX_SNAPSHOT_EXTRA_BYTES: Final = 1024
 MAX_BACKING_NAME_BYTES: Final = 1023
+MAX_DATA_NAME_BYTES: Final = 1023
 MAX_BITMAPS: Final = 65535
 MAX_BITMAP_DIRECTORY_BYTES: Final = 64 << 20
 """Limits that QEMU has too; no number of an image is used before it was held against one of them."""
 
 _CRYPT_METHODS = {1: "AES", 2: "LUKS"}
-_KNOWN_BITS = {EXTERNAL_DATA: "external data file"}
 
 
 @dataclass
@@ -106,6 +108,8 @@ class Header:
     compression_type: int = 0
     backing_file: str | None = None
     backing_format: str | None = None
+    data_file: str | None = None
+    """Where the guest's data is, if it is in a file of its own."""
     extensions: dict[int, bytes] = field(default_factory=dict)
 
     @property
@@ -119,6 +123,17 @@ class Header:
     @property
     def has_subclusters(self) -> bool:
         return bool(self.incompatible_features & EXTENDED_L2)
+
+    @property
+    def data_is_raw(self) -> bool:
+        """Must the data file be what the guest sees, also for those who do not look at the tables?"""
+        return bool(self.data_file is not None and self.backing_file is None
+                    and self.autoclear_features & AUTOCLEAR_DATA_RAW)
+
+    @property
+    def autoclear_kept(self) -> int:
+        """The autoclear features that every writer here keeps up."""
+        return AUTOCLEAR_DATA_RAW if self.data_is_raw else 0
 
     @property
     def l2_entry_bits(self) -> int:
@@ -162,13 +177,16 @@ def parse_header(path: str, data: bytes, file_bytes: int) -> Header:
     header = Header(**fields)
     cluster = data[: header.cluster_bytes]
     end = name_at if name_at else len(cluster)
-    _check_features(path, header, header.extensions)  # without names, if the extensions cannot be read
-    header.extensions = _parse_extensions(path, cluster, header_bytes, min(end, len(cluster)))
-    _check_features(path, header, header.extensions, last=True)
+    try:
+        header.extensions = _parse_extensions(path, cluster, header_bytes, min(end, len(cluster)))
+    finally:
+        _check_features(path, header)  # with an unknown feature the extensions may look different
     if name_at:
         header.backing_file = _backing_name(path, cluster, header_bytes, name_at, name_bytes)
         backing_format = header.extensions.get(EXT_BACKING_FORMAT)
         header.backing_format = backing_format.decode("utf-8", "replace") if backing_format else None
+    if header.incompatible_features & EXTERNAL_DATA:
+        header.data_file = _data_name(path, header)
     _check_numbers(path, header, file_bytes)
     return header
 
@@ -177,20 +195,18 @@ def _refuse(path: str, message: str, offset: int, code: int = errno.EINVAL, hint
     raise ImageError(message, errno=code, path=path, offset=offset, hint=hint)
 
 
-def _check_features(path: str, header: Header, extensions: dict[int, bytes], *, last: bool = False) -> None:
-    """Refuse incompatible features by name. Those that are known need no table of names, and come first: with
-    them even the extensions may look different."""
+def _check_features(path: str, header: Header) -> None:
+    """Refuse unknown incompatible features, by name if the image has a table of names."""
     bits = header.incompatible_features & ~SUPPORTED
-    names = {bit: name for bit, name in _KNOWN_BITS.items() if bits & bit}
-    if last:
-        table = extensions.get(EXT_FEATURE_NAMES, b"")
-        for at in range(0, len(table) - FEATURE_NAME.size + 1, FEATURE_NAME.size):
-            entry = FEATURE_NAME.unpack(table, at)
-            if entry["type"] == 0 and entry["bit"] < 64 and bits >> entry["bit"] & 1:
-                names.setdefault(1 << entry["bit"], entry["name"].rstrip(b"\0").decode("utf-8", "replace"))
-        for number in range(64):
-            if bits >> number & 1:
-                names.setdefault(1 << number, f"incompatible feature bit {number}")
+    names: dict[int, str] = {}
+    table = header.extensions.get(EXT_FEATURE_NAMES, b"")
+    for at in range(0, len(table) - FEATURE_NAME.size + 1, FEATURE_NAME.size):
+        entry = FEATURE_NAME.unpack(table, at)
+        if entry["type"] == 0 and entry["bit"] < 64 and bits >> entry["bit"] & 1:
+            names.setdefault(1 << entry["bit"], entry["name"].rstrip(b"\0").decode("utf-8", "replace"))
+    for number in range(64):
+        if bits >> number & 1:
+            names.setdefault(1 << number, f"incompatible feature bit {number}")
     if names:
         _refuse(path, f"needs what is not supported: {', '.join(sorted(names.values()))}", INCOMPATIBLE_AT,
                 errno.EOPNOTSUPP, hint="qemu-img convert makes an image without it")
@@ -219,6 +235,17 @@ def _backing_name(path: str, cluster: bytes, header_bytes: int, at: int, length:
     if b"\0" in raw:
         _refuse(path, "the backing file's name has a NUL byte in it", at)
     return raw.decode("utf-8", "surrogateescape") or None
+
+
+def _data_name(path: str, header: Header) -> str:
+    raw = header.extensions.get(EXT_DATA_FILE, b"")
+    if not raw:
+        _refuse(path, "has an external data file, but does not say which", INCOMPATIBLE_AT)
+    if len(raw) > MAX_DATA_NAME_BYTES or b"\0" in raw:
+        _refuse(path, f"the external data file's name has {len(raw)} bytes, or a NUL byte in it", INCOMPATIBLE_AT)
+    if header.nb_snapshots:
+        _refuse(path, "has an external data file and internal snapshots, which do not go together", 60)
+    return raw.decode("utf-8", "surrogateescape")
 
 
 def _check_numbers(path: str, header: Header, file_bytes: int) -> None:

@@ -51,8 +51,14 @@ class Mapping:
         self.reserved = ENTRY_RESERVED | (ZERO_FLAG if header.version < 3 else 0)
         self.not_plain = ~(self.host_mask | COPIED) & ((1 << 64) - 1)
         """What an entry for plain data has none of."""
+        self.external = header.data_file is not None
+        """The data is in a file of its own, each cluster at its guest offset."""
+        self.is_plain = not self.external and not header.has_subclusters
+        """An L2 entry alone says what a cluster is."""
         self.file_bytes = 0
-        """How long the file is: no entry may point past it."""
+        """How long the file is: nothing may point past it."""
+        self.data_end = 1 << 62 if self.external else 0
+        """Where the file of the data ends."""
         self.tables: Tables[array[int]] = Tables(max(MIN_CACHED, CACHE_BYTES >> header.cluster_bits))
         self.l1_dirty: set[int] = set()
 
@@ -63,6 +69,7 @@ class Mapping:
         end = offset + length
         cluster_bits, within_mask = self.cluster_bits, self.unit_bytes - 1
         last_kind, last_length, last_host = -1, 0, 0
+        not_plain = -1 if self.external else self.not_plain
         while offset < end:
             table = self.table(offset >> self.table_shift)
             if table is None:
@@ -73,10 +80,12 @@ class Mapping:
                 within = offset & within_mask
                 piece = min(end - offset, self.unit_bytes - within)
                 host = entry & self.host_mask
-                if host and not entry & self.not_plain and host < self.file_bytes:
+                if host and not entry & not_plain and host < self.file_bytes:
                     kind, host = DATA, host + within
                 else:
                     kind, host = self.kind_of(entry, offset)
+                    if kind == DATA:
+                        host += within
             if kind == last_kind and kind != PACKED and (kind != DATA or last_host + last_length == host):
                 last_length += piece
             else:
@@ -91,18 +100,23 @@ class Mapping:
 
     def kind_of(self, entry: int, offset: int) -> tuple[int, int]:
         """(kind, host) of an L2 entry of the guest offset `offset`. ImageError if it cannot be right."""
-        if entry & COMPRESSED:
+        host = entry & OFFSET_MASK
+        if self.external:
+            if entry & (COMPRESSED | self.reserved) or (self.has_host(entry) and (
+                    not entry & COPIED or host != offset & -self.unit_bytes)):
+                raise ImageError(f"L2 entry {entry:#x} of guest offset {offset}: compressed, shared, reserved "
+                                 "bits, or another offset in the data file than the guest's")
+        elif entry & COMPRESSED:
             place, length = packed.packed_place(entry, self.cluster_bits)
             if place < self.unit_bytes or place + length > (self.file_bytes + 511 & -512):
                 raise ImageError(f"L2 entry {entry:#x} of guest offset {offset}: compressed data outside the file")
             return PACKED, entry
-        host = entry & OFFSET_MASK
-        if entry & self.reserved or host % self.unit_bytes or host >= max(self.file_bytes, 1):
+        elif entry & self.reserved or host % self.unit_bytes or host >= max(self.file_bytes, 1):
             raise ImageError(f"L2 entry {entry:#x} of guest offset {offset}: reserved bits, no cluster's offset, "
                              "or outside the file")
         if entry & ZERO_FLAG:
             return ZERO, host
-        return (DATA, host) if host else (HOLE, 0)
+        return (DATA, host) if self.has_host(entry) else (HOLE, 0)
 
     def table(self, index: int) -> array[int] | None:
         """The L2 table of L1 index `index`, None if there is none. TableMiss; ImageError for a bad L1 entry."""
@@ -126,14 +140,14 @@ class Mapping:
         """The L2 entries of a table."""
         return table
 
-    def is_in_file(self, offset: int, length: int) -> bool:
-        """Is this part of one cluster, whose table is cached and which has a place, in the file for certain?"""
-        return True
+    def is_present(self, entry: int, offset: int, length: int) -> bool:
+        """Is this part of one cluster, whose table is cached and whose L2 entry looks plain, in the file for
+        certain?"""
+        return not self.external or entry == offset & -self.unit_bytes | COPIED
 
-    @staticmethod
-    def has_host(entry: int) -> bool:
+    def has_host(self, entry: int) -> bool:
         """Has the cluster of this L2 entry a place in the file?"""
-        return bool(entry & OFFSET_MASK)
+        return bool(entry & (OFFSET_MASK | COPIED if self.external else OFFSET_MASK))
 
     def install(self, miss: TableMiss, data: bytes) -> None:
         if miss.index not in self.tables and self.l1[miss.index] & OFFSET_MASK == miss.host:
@@ -144,6 +158,12 @@ class Mapping:
 
     def unpack(self, data: bytes) -> bytes:
         return packed.unpack(data, COMPRESSIONS[self.header.compression_type], self.unit_bytes)
+
+    def grow(self, file_bytes: int) -> None:
+        """The file is at least so long."""
+        self.file_bytes = max(self.file_bytes, file_bytes)
+        if not self.external:
+            self.data_end = self.file_bytes
 
     # Changing, in memory
 

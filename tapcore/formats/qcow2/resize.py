@@ -14,13 +14,16 @@ from __future__ import annotations
 import errno
 import os
 from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
 from tapcore.chain import open_chain
-from tapcore.driver import Env
+from tapcore.driver import Env, OpenFlag
 from tapcore.errors import ImageError, UsageError
 from tapcore.formats.imagefile import ImageFile
+from tapcore.formats.probe import data_path
 from tapcore.formats.qcow2.driver import Qcow2Driver
 from tapcore.formats.qcow2.header import open_to_change, write_fields
 from tapcore.formats.qcow2.layout import MAX_L1_BYTES, OFFSET_MASK, Header
@@ -50,19 +53,39 @@ def resize(path: str, size_bytes: int, *, shrink: bool = False) -> None:
         if 8 * header.l1_size_needed(size_bytes) > MAX_L1_BYTES:
             raise UsageError(f"a disk of {size_bytes} bytes is too large for clusters of {header.cluster_bytes}")
         if size_bytes < header.size:
-            _shrink(file, header, size_bytes)
+            with _data_of(path, header) as data:
+                _shrink(file, header, size_bytes)
+                if data is not None and data.length_now() > size_bytes:
+                    data.truncate(size_bytes)
             return
         _lengthen_l1(file, header, header.l1_size_needed(size_bytes))
     finally:
         file.close()
     if size_bytes > header.size:
         _zero_behind(path, header, size_bytes)
+        with _data_of(path, header) as data:
+            if data is not None and header.data_is_raw and data.length_now() < size_bytes:
+                data.truncate(size_bytes)
+                data.sync_or_raise()
         file, _ = open_to_change(path)
         try:
             write_fields(file, {"size": size_bytes})
             file.sync_or_raise()
         finally:
             file.close()
+
+
+@contextmanager
+def _data_of(path: str, header: Header) -> Iterator[ImageFile | None]:
+    """The external data file, if there is one and it is a regular file."""
+    if header.data_file is None:
+        yield None
+        return
+    data = ImageFile.open(data_path(path, header.data_file), OpenFlag.NONE)
+    try:
+        yield None if data.is_device else data
+    finally:
+        data.close()
 
 
 def _lengthen_l1(file: ImageFile, header: Header, entries: int) -> None:
@@ -98,7 +121,7 @@ def _shrink(file: ImageFile, header: Header, size_bytes: int) -> None:
         table[first:] = array("Q", bytes(8 * (len(table) - first)))
         walk.count_entries(table, f"of L1 entry {whole}", 1)
         rewrite.tables[whole] = table
-    rewrite.fields |= {"size": size_bytes, "autoclear_features": 0}
+    rewrite.fields |= {"size": size_bytes, "autoclear_features": header.autoclear_kept}
     rewrite.run()
 
 

@@ -68,7 +68,8 @@ class Rewrite:
         self._place_refcounts()
         self._file.sync_or_raise()
         header = self._walk.header
-        self.fields.setdefault("autoclear_features", header.autoclear_features & AUTOCLEAR_BITMAPS)
+        kept = header.autoclear_features & AUTOCLEAR_BITMAPS | header.autoclear_kept
+        self.fields.setdefault("autoclear_features", kept)
         write_fields(self._file, self.fields)
         self._file.sync_or_raise()
         self._clean()
@@ -111,6 +112,8 @@ class Rewrite:
 
     def _set_flags(self, table: array[int]) -> bool:
         """True if a flag was not right."""
+        if self._walk.header.data_file is not None:
+            return False
         changed = False
         get, cluster_bits = self._counts.get, self._cluster_bits
         within, end = self._cluster_bytes - 1, self._walk.clusters

@@ -61,6 +61,9 @@ def create_snapshot(path: str, name: str) -> Snapshot:
         raise UsageError(f"a snapshot's name has 1 to {MAX_NAME_BYTES} bytes, and no NUL")
     file, header = open_to_change(path)
     try:
+        if header.data_file is not None:
+            raise ImageError("has an external data file, which goes with no internal snapshot", path=path,
+                             errno=errno.EOPNOTSUPP, hint="put an overlay on top of it")
         walk = Walk(file, header)
         if any(raw in (entry.name, entry.id_str) for entry in walk.snapshots):
             raise UsageError(f"there is a snapshot {name!r} already", hint="delete it, or choose another name")

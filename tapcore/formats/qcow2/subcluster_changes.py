@@ -8,7 +8,7 @@ from tapcore.formats.extents import PACKED
 from tapcore.formats.qcow2.changes import Qcow2Writer
 from tapcore.formats.qcow2.layout import COMPRESSED, COPIED, OFFSET_MASK
 from tapcore.formats.qcow2.subclusters import ALL, IN_FILE_AT, ZERO_AT, SubclusterMapping
-from tapcore.formats.writer import MustWriteError, Unit
+from tapcore.formats.writer import NOWHERE, MustWriteError, Unit
 from tapcore.request import DISCARD, NO_HOLE, Request
 
 if TYPE_CHECKING:
@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
 
 class SubclusterWriter(Qcow2Writer):
-    """A unit's `entry` is its new one, of a write without the place: the subclusters' bits alone."""
-
     _mapping: SubclusterMapping
 
     def __init__(self, driver: Qcow2Driver) -> None:
@@ -31,7 +29,7 @@ class SubclusterWriter(Qcow2Writer):
         entry = mapping.entry(guest)
         kind, host = mapping.kind_of(entry, guest)
         if kind == PACKED:
-            return Unit(guest, guest, guest + self.unit_bytes, entry=ALL << IN_FILE_AT)
+            return Unit(guest, guest, guest + self.unit_bytes, entry=ALL << IN_FILE_AT | COPIED)
         touched, in_file = mapping.bits(first, last), entry >> IN_FILE_AT & ALL
         if not mapping.has_host(entry) or not (entry & COPIED or in_file):
             return self._new(guest, first, last, entry, touched)
@@ -43,19 +41,19 @@ class SubclusterWriter(Qcow2Writer):
         if not in_file & mapping.bits(first, first + 1):
             start &= -self.piece_bytes
         if not in_file & mapping.bits(last - 1, last):
-            stop = (last - 1 | self.piece_bytes - 1) + 1
-        bits = (in_file | touched) << IN_FILE_AT | (entry >> ZERO_AT & ~touched) << ZERO_AT
+            stop = self.end_of((last - 1 | self.piece_bytes - 1) + 1)
+        new = COPIED | (in_file | touched) << IN_FILE_AT | (entry >> ZERO_AT & ~touched) << ZERO_AT
         reads_zero = self._reads_zero(entry, start, first) and self._reads_zero(entry, last, stop)
-        return Unit(guest, start, stop, host, reads_zero=reads_zero, entry=bits)
+        return Unit(guest, start, stop, host, reads_zero=reads_zero, entry=new)
 
     def _new(self, guest: int, first: int, last: int, entry: int, needed: int) -> Unit:
         """At a new place, with all from the first to the last of the subclusters that are `needed` there."""
         start = guest + ((needed & -needed).bit_length() - 1) * self.piece_bytes
-        stop = guest + needed.bit_length() * self.piece_bytes
+        stop = self.end_of(guest + needed.bit_length() * self.piece_bytes)
         taken = self._mapping.bits(start, stop)
-        bits = taken << IN_FILE_AT | (entry >> ZERO_AT & ~taken) << ZERO_AT
+        new = COPIED | taken << IN_FILE_AT | (entry >> ZERO_AT & ~taken) << ZERO_AT
         reads_zero = self._reads_zero(entry, start, first) and self._reads_zero(entry, last, stop)
-        return Unit(guest, start, stop, reads_zero=reads_zero, entry=bits)
+        return Unit(guest, start, stop, reads_zero=reads_zero, entry=new)
 
     def _reads_zero(self, entry: int, first: int, last: int) -> bool:
         """Is all of [first, last), which is less than a cluster, read as zeroes?"""
@@ -86,7 +84,10 @@ class SubclusterWriter(Qcow2Writer):
         if not in_file and not (request.flags & NO_HOLE and request.op != DISCARD):
             host = 0
         new = host | in_file << IN_FILE_AT | zero << ZERO_AT
-        return None if new == entry else Unit(guest, first, last, entry=new)
+        if new == entry:
+            return None
+        had_data = self._external and entry >> IN_FILE_AT & touched
+        return Unit(guest, first, last, guest if had_data else NOWHERE, entry=new)
 
     def _zero_bits(self, request: Request, entry: int, guest: int, touched: int) -> int:
         """Those of `touched` that are to be marked as zeroes; the others are to be left to the backing."""

@@ -41,9 +41,10 @@ class SubclusterMapping(Mapping):
         within = self.unit_bytes - 1
         return (2 << ((last - 1 & within) >> self.piece_bits)) - (1 << ((first & within) >> self.piece_bits))
 
-    def is_in_file(self, offset: int, length: int) -> bool:
+    def is_present(self, entry: int, offset: int, length: int) -> bool:
         bits = self.tables[offset >> self.table_shift][2 * (offset >> self.cluster_bits & self.index_mask) + 1]
-        return not self.bits(offset, offset + length) & ~bits and not bits & bits >> SUBCLUSTERS
+        return (not self.bits(offset, offset + length) & ~bits and not bits & bits >> SUBCLUSTERS
+                and super().is_present(entry, offset, length))
 
     def find(self, offset: int, length: int, max_extents: int = 0) -> list[MapExtent]:
         extents: list[MapExtent] = []

@@ -28,6 +28,8 @@ class Qcow2Tools(ImageTools):
         "refcount_bits": "1, 2, 4, 8, 16, 32 or 64 (16)",
         "lazy_refcounts": "on or off (off)",
         "extended_l2": "on or off (off): subclusters, for large clusters over a backing file",
+        "data_file": "the path of a raw file for the guest's data, relative to the image's folder (none)",
+        "data_file_raw": "on or off (off): the data file always is what the guest sees",
         "compression": "zlib or zstd, of clusters that are written compressed (zlib)",
     }
 
@@ -40,14 +42,15 @@ class Qcow2Tools(ImageTools):
         cluster_bytes = parse_size("cluster_size", options.get("cluster_size", "64K"))
         if cluster_bytes & (cluster_bytes - 1) or not cluster_bytes:
             raise UsageError(f"cluster_size {cluster_bytes} is not a power of two")
-        switches = {name: _switch(name, options.get(name, "off")) for name in ("lazy_refcounts", "extended_l2")}
+        switches = {name: _switch(name, options.get(name, "off"))
+                    for name in ("lazy_refcounts", "extended_l2", "data_file_raw")}
         names = {driver: name for name, driver in reversed(FORMATS.items())}
         create(
             path, size_bytes,
             backing=backing.path if backing else None, backing_format=names[backing.driver] if backing else None,
             version=whole("version", options.get("version", "3")), cluster_bits=cluster_bytes.bit_length() - 1,
             refcount_bits=whole("refcount_bits", options.get("refcount_bits", "16")),
-            compression=options.get("compression", "zlib"), **switches)
+            compression=options.get("compression", "zlib"), data_file=options.get("data_file"), **switches)
 
     @classmethod
     def check(cls, path: str, *, repair: bool = False) -> Report:
@@ -64,7 +67,8 @@ class Qcow2Tools(ImageTools):
             "version": header.version, "cluster_bytes": header.cluster_bytes,
             "refcount_bits": 1 << header.refcount_order, "compression": COMPRESSIONS[header.compression_type],
             "lazy_refcounts": bool(header.compatible_features & LAZY_REFCOUNTS),
-            "extended_l2": header.has_subclusters, "snapshots": header.nb_snapshots,
+            "extended_l2": header.has_subclusters, "data_file": header.data_file,
+            "data_file_raw": header.data_is_raw, "snapshots": header.nb_snapshots,
         }
 
     @classmethod

@@ -47,9 +47,10 @@ BITMAP_ENTRY_RESERVED: Final = ~(OFFSET_MASK | 1) & ((1 << 64) - 1)
 class Tree:
     """One L2 table, and how many references lead to it."""
 
-    __slots__ = ("active", "new", "old", "what")
+    __slots__ = ("active", "index", "new", "old", "what")
 
-    def __init__(self, what: str) -> None:
+    def __init__(self, index: int, what: str) -> None:
+        self.index = index
         self.what = what
         self.old = 0
         self.new = 0
@@ -147,7 +148,7 @@ class Walk:
                 if len(self._trees) >= MAX_TABLES:
                     raise ImageError("has more L2 tables than can be checked", errno=errno.E2BIG,
                                      path=self.file.path)
-                tree = self._trees[host] = Tree(f"of L1 entry {index} ({name})")
+                tree = self._trees[host] = Tree(index, f"of L1 entry {index} ({name})")
             tree.old += old
             tree.new += new
             if active:
@@ -166,6 +167,8 @@ class Walk:
         if self.is_hole(host, self.header.cluster_bytes):
             return
         table = self.load_table(host, self.header.cluster_bytes // 8, "an L2 table")
+        if self._mapping.external:
+            self._check_external(table, tree)
         self.count_entries(table, tree.what, tree.new, old=True, active=tree.active)
 
     def is_hole(self, offset: int, length: int) -> bool:
@@ -181,7 +184,9 @@ class Walk:
         self, table: array[int], what: str, refs: int, *, old: bool = False, active: bool = False
     ) -> None:
         """Count what an L2 table refers to, `refs` times; `old`: the image in the file does so too, `active`: in
-        its active tables."""
+        its active tables. Clusters of an external data file are not counted."""
+        if self._mapping.external:
+            return
         mapping, cluster_bits = self._mapping, self.cluster_bits
         chunks, file_bytes = self.counts.chunks, mapping.file_bytes
         not_plain = -1 if self.header.has_subclusters else mapping.not_plain
@@ -200,6 +205,14 @@ class Walk:
                 chunk[at] = chunk[at] + refs | (marked if entry & COPIED else unmarked)
             else:
                 self._count_special(entry, f"L2 entry {number} {what}", refs, old_flag, active)
+
+    def _check_external(self, table: array[int], tree: Tree) -> None:
+        first = tree.index << self._mapping.table_shift
+        for number, entry in enumerate(self._mapping.entries(table)):
+            try:
+                self._mapping.kind_of(entry, first + (number << self.cluster_bits))
+            except ImageError as error:
+                self.report.add(f"L2 entry {number} {tree.what}: {error.message}")
 
     def _count_special(self, entry: int, what: str, refs: int, old_flag: int, active: bool) -> None:
         """A compressed or zero cluster, or an entry that cannot be right."""

@@ -39,6 +39,11 @@ IMAGES = st.fixed_dictionaries({
 }) | st.fixed_dictionaries({
     "cluster_bits": st.sampled_from((14, 15, 16)),
     "extended_l2": st.just(True),
+}) | st.fixed_dictionaries({
+    "data_file": st.just("a.data"),
+    "data_file_raw": st.booleans(),
+    "extended_l2": st.booleans(),
+    "cluster_bits": st.just(14),
 })
 
 
@@ -46,6 +51,8 @@ def make_image(folder: Path, options: dict[str, int], backing_bytes: int) -> byt
     """An image, over a raw backing file if that has any bytes; what the disk holds."""
     if options.get("version") == 2:
         options = options | {"refcount_bits": 16}
+    if options.get("data_file_raw"):
+        backing_bytes = 0
     backing = random.Random(3).randbytes(backing_bytes)
     (folder / "base.raw").write_bytes(backing)
     named = {"backing": "base.raw", "backing_format": "raw"} if backing else {}
@@ -320,7 +327,7 @@ def u64(value: int) -> bytes:
     (48, u64(0), "refcount_table_offset"),
     (56, u32(0xFFFFFFFF), "refcount_table_clusters"),
     (60, u32(1 << 30), "nb_snapshots"),
-    (72, u64(4), "external data file"),
+    (72, u64(4), "does not say which"),
     (20, u32(13) + u64(1 << 20) + u32(0) + u32(1) + u64(3 << 13) + u64(1 << 13) + u32(1) + bytes(12) + u64(16),
      "cluster_bits 13 is less than 14"),
     (72, u64(1 << 50), "incompatible feature bit 50"),
