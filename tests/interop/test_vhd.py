@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import random
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from contract.runner import Runner
+from processes import Tapdisk
 from support import need
-from vhd_images import edit_footer, footer_of
+from vhd_images import edit_footer, footer_of, make_overlay
 
 from tapcore.driver import Env, OpenFlag
 from tapcore.formats.vhd.check import check
@@ -211,3 +213,40 @@ def test_one_image_is_not_written_by_both(env: Env, tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, timeout=30)
     assert done.returncode != 0 and b"lock" in done.stderr
     runner.close()
+
+
+@pytest.mark.parametrize("kind", ["fixed", "dynamic", "differencing"])
+def test_served_under_a_log_and_killed(
+    env: Env, tmp_path: Path, serve: Callable[..., Tapdisk], kind: str
+) -> None:
+    """NBD clients write and verify; what was flushed before a kill is there, on both sides."""
+    path, size, rng = tmp_path / "a.vhd", 8 << 20, random.Random(kind)
+    disk = bytearray(size)
+    if kind == "differencing":
+        disk[: 5 << 20] = rng.randbytes(5 << 20)
+        (tmp_path / "base.raw").write_bytes(disk[: 5 << 20])
+        make_overlay(path, size, "base.raw", "aio", block_bytes=2 << 20)
+    else:
+        create(str(path), size, variant=kind)
+    tapdisk = serve(f"log:|vhd:{path}")
+    qemu("qemu-io", "-f", "raw", "-c", "write -P 7 1M 3M", "-c", "read -P 7 1M 3M", "-c", "write -z -u 2M 512k",
+         "-c", "discard 3M 512k", "-c", "flush", tapdisk.uri)
+    disk[1 << 20 : 4 << 20] = b"\7" * (3 << 20)
+    disk[2 << 20 : (2 << 20) + (512 << 10)] = bytes(512 << 10)
+    with tapdisk.client() as client:
+        disk[3 << 20 : (3 << 20) + (512 << 10)] = client.read(3 << 20, 512 << 10)
+        for _ in range(50):
+            offset = rng.randrange(size - 9000)
+            disk[offset : offset + 9000] = data = rng.randbytes(9000)
+            client.write(offset, data)
+        client.flush()
+        client.write(0, b"?" * 4096)
+        tapdisk.kill()
+    runner = Runner(env, f"vhd:{path}")
+    assert runner.read(4096, size - 4096) == disk[4096:]
+    assert runner.write(0, bytes(disk[:4096])) == 0
+    runner.close()
+    assert check(str(path)).errors == 0
+    if kind != "differencing":
+        (tmp_path / "a.raw").write_bytes(disk)
+        qemu("qemu-img", "compare", "-f", "vpc", "-F", "raw", path, tmp_path / "a.raw")

@@ -10,6 +10,7 @@ Repaired are the copies, the batmap, and what is leaked at the end of the file.
 from __future__ import annotations
 
 from array import array
+from heapq import merge
 
 from tapcore.driver import OpenFlag
 from tapcore.formats.imagefile import ImageFile
@@ -24,6 +25,7 @@ from tapcore.formats.vhd.load import (
     load_image,
     load_table,
     metadata_ranges,
+    used_entries,
 )
 
 
@@ -78,8 +80,8 @@ def _find_leaks(image: Image, table: array[int], report: Report) -> int:
     """Counts places for blocks in which none is; returns how many of them are at the end."""
     assert image.header is not None
     stride = image.header.stride_bytes
-    taken = sorted([(start, end) for start, end, _ in metadata_ranges(image)]
-                   + [(entry * SECTOR_BYTES, entry * SECTOR_BYTES + stride) for entry in table if entry != UNUSED])
+    blocks = ((entry * SECTOR_BYTES, entry * SECTOR_BYTES + stride) for entry in used_entries(table))
+    taken = merge(blocks, sorted((start, end) for start, end, _ in metadata_ranges(image)))
     at = 0
     for start, end in taken:
         if start - at >= stride:

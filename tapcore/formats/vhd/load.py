@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import errno
 from array import array
-from itertools import pairwise
+from bisect import bisect_right
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Final
 
@@ -42,7 +43,7 @@ from tapcore.formats.vhd.layout import (
     round_up,
 )
 
-MAX_OVERLAPS_NAMED: Final = 100
+MAX_FAULTS: Final = 100
 
 
 def load_image(file: ImageFile) -> Image:
@@ -185,19 +186,37 @@ def end_of_blocks(image: Image, table: array[int]) -> int:
     return max(end, header.table_offset + header.table_bytes, *(end for _, end, _ in metadata_ranges(image)))
 
 
+def used_entries(table: array[int]) -> list[int]:
+    """The BAT's entries, sorted."""
+    return sorted(entry for entry in table if entry != UNUSED)
+
+
 def find_overlaps(image: Image, table: array[int], file_bytes: int) -> list[str]:
-    """What is wrong with the BAT's entries: blocks that are not in the file, or overlap something else."""
+    """What is wrong with the BAT's entries: blocks that are not in the file, or overlap something else. Not more
+    than MAX_FAULTS."""
     header = image.header
     assert header is not None
-    used = sorted((entry, number) for number, entry in enumerate(table) if entry != UNUSED)
-    stride = header.stride_bytes
-    found = [f"BAT entry {number}, {entry:#x}: past the end of the file" for entry, number in used
-             if entry * SECTOR_BYTES + stride > file_bytes]
-    places = [(entry * SECTOR_BYTES, entry * SECTOR_BYTES + stride, f"BAT entry {number}, {entry:#x}")
-              for entry, number in used]
-    for (_, end, name), (start, _, other) in pairwise(sorted(places + metadata_ranges(image))):
-        if start < end and (name.startswith("BAT entry") or other.startswith("BAT entry")):
-            found.append(f"{name}: overlaps {other}")
+    used = used_entries(table)
+    stride = header.stride_bytes // SECTOR_BYTES
+    found: list[str] = []
+
+    def name(entry: int, after: int = -1) -> str:
+        return f"BAT entry {table.index(entry, after + 1)}, {entry:#x}"
+
+    for entry in islice(used, bisect_right(used, file_bytes // SECTOR_BYTES - stride), None):
+        found.append(f"{name(entry)}: past the end of the file")
+        if len(found) == MAX_FAULTS:
+            return found
+    for start, end, what in metadata_ranges(image):
+        first = bisect_right(used, start // SECTOR_BYTES - stride)
+        if first < len(used) and used[first] * SECTOR_BYTES < end:
+            found.append(f"{name(used[first])}: overlaps {what}")
+    for entry, other in pairwise(used):
+        if other - entry < stride:
+            found.append(f"{name(entry)}: overlaps "
+                         f"{name(other, table.index(entry) if entry == other else -1)}")
+            if len(found) >= MAX_FAULTS:
+                break
     return found
 
 

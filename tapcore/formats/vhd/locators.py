@@ -20,6 +20,7 @@ from tapcore.errors import UsageError
 from tapcore.formats.vhd.layout import LOCATOR, SECTOR_BYTES, Header, round_up
 
 MAX_LOCATOR_BYTES: Final = 16384
+MAX_OFFSET: Final = 1 << 62
 MAX_NAME_CHARS: Final = 255
 """Of parent_unicode_name."""
 W2RU: Final = b"W2ru"
@@ -47,8 +48,9 @@ def parse_locators(header: Header) -> list[Locator]:
     for number in range(len(header.parent_locators) // LOCATOR.size):
         entry = LOCATOR.unpack(header.parent_locators, number * LOCATOR.size)
         length = entry["platform_data_length"]
-        if entry["platform_code"] in _ORDER and 0 < length <= MAX_LOCATOR_BYTES:
-            found.append(Locator(number, entry["platform_code"], entry["platform_data_offset"], length))
+        at = entry["platform_data_offset"]
+        if entry["platform_code"] in _ORDER and 0 < length <= MAX_LOCATOR_BYTES and at <= MAX_OFFSET:
+            found.append(Locator(number, entry["platform_code"], at, length))
     return sorted(found, key=lambda locator: _ORDER.index(locator.platform_code))
 
 
