@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tapcore.driver import Driver, Env, Filter, OpenFlag, find_driver
+from tapcore.driver import Driver, Env, Filter, OpenFlag, ParentId, find_driver, leaf_of
 from tapcore.errors import ChainError, WritelogError
 
 logger = logging.getLogger(__name__)
@@ -88,12 +88,8 @@ class Chain:
         self.head = head
         self.drivers = drivers
         self.info = head.info
-        self.filters: list[Filter] = []
-        level = head
-        while isinstance(level, Filter):
-            self.filters.append(level)
-            level = level.next
-        self.leaf = level
+        self.leaf = leaf_of(head)
+        self.filters = [driver for driver in levels_from(head) if isinstance(driver, Filter)]
 
     def stand_on(self, lower: Driver) -> None:
         """Let the filters stand on `lower`, which is open and of the same size, from now on; to be called with
@@ -105,12 +101,10 @@ class Chain:
             level = upper
         self.head = level
         self.drivers = [*self.filters, *levels_from(lower)]
-        for level in levels_from(lower):
-            if not isinstance(level, Filter):
-                break
-        if level is not self.leaf:
-            self.leaf = level
-            self.text = "|".join(str(Level(driver.name, driver.params)) for driver in [*self.filters, level])
+        leaf = leaf_of(lower)
+        if leaf is not self.leaf:
+            self.leaf = leaf
+            self.text = "|".join(str(Level(driver.name, driver.params)) for driver in [*self.filters, leaf])
 
     def find(self, name: str) -> list[Driver]:
         """The open drivers called `name`, nearest the guest first."""
@@ -165,6 +159,18 @@ def open_chain(env: Env, text: str, flags: OpenFlag = OpenFlag.NONE) -> Chain:
         raise
     assert lower is not None
     return Chain(text, lower, opened[::-1])
+
+
+def open_image(env: Env, image: Level | ParentId, flags: OpenFlag = OpenFlag.NONE) -> Driver:
+    """Open an image and its parents, for a chain's filters to stand on. ChainError, with nothing left open. In
+    any thread."""
+    level = Level(image.driver, image.params)
+    return _open_level(env, repr(str(level)), level, flags, None, [])
+
+
+def close_image(top: Driver) -> None:
+    """Close an image and its parents; the first failure is raised after all were closed."""
+    Chain("", top, list(levels_from(top))).close()
 
 
 def _open_level(

@@ -23,6 +23,11 @@ connections do not wait for it. A parameter that is null counts as left out; one
 | info     | disk                        | all about a disk                                                      |
 | map      | disk, offset, length        | extents: [offset, length, state bits as in tapcore.request] each;     |
 |          |                             | next: the offset to go on at, or null                                 |
+| snapshot | disk, path, format, options | a new overlay (format: qcow2) on top; chain, overlay, pause_ms …      |
+| commit   | disk, rate                  | begins to move the top image's data into its parent; job              |
+| stream   | disk, base, rate            | begins to move the parents' data (above `base`) into the top image    |
+| jobs     | disk                        | jobs: the last job of a disk or of each, with its state and progress  |
+| cancel   | disk                        | ends the job of a disk; job, once it is over                          |
 | shutdown |                             | closes every disk and ends the process; pid                           |
 
 A pause with `hold` belongs to its connection: when that ends, without unpause or handover, the disk goes on by
@@ -74,6 +79,11 @@ PARAMS: Final = {
     "stats": "disk:text?",
     "info": "disk:text",
     "map": "disk:text offset:number? length:number?",
+    "snapshot": "disk:text path:text format:text? options:texts?",
+    "commit": "disk:text rate:number?",
+    "stream": "disk:text base:text? rate:number?",
+    "jobs": "disk:text?",
+    "cancel": "disk:text",
     "shutdown": "",
 }
 """The parameters of each op; `?` marks those that may be left out."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 from tapcore import fence
 from tapcore.control_server import Connection
 from tapcore.driver import leaf_of
@@ -9,6 +12,9 @@ from tapcore.drivers.log import Log
 from tapcore.loop import Timer
 from tapcore.nbd.server import NbdServer
 from tapcore.vbd import Vbd
+
+if TYPE_CHECKING:
+    from tapcore.jobs.job import Job
 
 
 class Disk:
@@ -30,6 +36,21 @@ class Disk:
         """Who slows its writes down."""
         self.handing_over = False
         self.closing = False
+        self.job: Job | None = None
+        """The last one."""
+
+    @property
+    def is_busy(self) -> bool:
+        """Does a job work on its images?"""
+        return self.job is not None and not self.job.is_over
+
+    def without_job(self, action: Callable[[], None]) -> None:
+        """`action()` when no job works on its images; one that does is ended."""
+        if self.job is None or self.job.is_over:
+            action()
+        else:
+            self.job.cancel()
+            self.job.when_over(action)
 
     @property
     def image(self) -> str | None:

@@ -125,11 +125,16 @@ class Driver:
         return bool(self.flags & OpenFlag.RDONLY)
 
     def open(self) -> None:
-        """Set `info`, or raise WritelogError or OSError with nothing left open."""
+        """Set `info`, or raise WritelogError or OSError with nothing left open. Of an image format and of what can
+        be its parent it may run in a worker: it blocks, and touches nothing but its own."""
         raise NotImplementedError(self.name)
 
     def close(self) -> None:
         """Release all that `open` took. Called once, with nothing in flight."""
+
+    def fileno(self) -> int | None:
+        """The descriptor of the image's file, which has its locks; None where there is no file."""
+        return None
 
     def get_parent_id(self) -> ParentId | None:
         """The parent image to open below, or None (TD_NO_PARENT)."""

@@ -20,6 +20,7 @@ from tapcore.control_server import Call, ControlServer
 from tapcore.disk import Disk
 from tapcore.driver import Env, OpenFlag
 from tapcore.errors import ControlError, UsageError, WritelogError
+from tapcore.jobs.control import Jobs
 from tapcore.map_reader import MapReader
 from tapcore.namelock import lock_name, unlock_name
 from tapcore.nbd.address import parse_address
@@ -63,6 +64,7 @@ class Engine:
         self._new_server = partial(NbdServer, env, tls=tls, allow_remote=allow_remote)
         self._shared = self._new_server(self._exports)
         self._pausing = pausing = Pausing(env, self.disks, self._find)
+        jobs = Jobs(env, self.disks, self._find, pausing.settle)
         self._control = ControlServer(env, self._handle, pausing.release)
         self._on_down = on_down
         self._shutting_down = False
@@ -71,6 +73,8 @@ class Engine:
             "version": self._version, "list": self._list, "open": self._open, "close": self._close,
             "pause": pausing.pause, "unpause": pausing.unpause, "handover": pausing.handover, "stats": self._stats,
             "info": self._info, "map": self._map, "shutdown": self._shutdown, "throttle": pausing.throttle,
+            "snapshot": jobs.snapshot, "commit": jobs.commit, "stream": jobs.stream, "jobs": jobs.jobs,
+            "cancel": jobs.cancel,
         }
 
     def listen(self) -> Path:
@@ -167,6 +171,9 @@ class Engine:
     def _close_when_possible(self, disk: Disk) -> None:
         if disk.closing:
             return
+        if disk.is_busy:
+            disk.without_job(lambda: self._close_when_possible(disk))
+            return
         try:
             self.close(disk, lambda _: None)
         except ControlError:
@@ -250,7 +257,13 @@ class Engine:
             else:
                 call.fail(error)
 
-        self.close(disk, closed, forget_logs=call.params.get("forget", False))
+        def close() -> None:
+            try:
+                self.close(disk, closed, forget_logs=call.params.get("forget", False))
+            except ControlError as error:
+                call.fail(error)
+
+        disk.without_job(close)
 
     def _shutdown(self, call: Call) -> None:
         self._shutdown_calls.append(call)

@@ -71,6 +71,24 @@ def lock_image(fd: int, path: str, flags: OpenFlag) -> None:
         raise _in_use(fd, path, f"has it open to be {_ACTIONS[opposed[0]]}", used)
 
 
+def claim_image(fd: int, path: str) -> None:
+    """Let nobody else read the image of `fd` from now on. ImageError, with nothing changed, if somebody does."""
+    byte = _bit(Perm.CONSISTENT_READ)
+    try:
+        _read_lock(fd, RAW_LOCK_SHARED_BASE + byte)
+        if _is_held(fd, RAW_LOCK_PERM_BASE + byte):
+            unclaim_image(fd)
+            raise _in_use(fd, path, "reads it", Perm.CONSISTENT_READ)
+    except OSError as error:
+        raise image_error(error, path, "lock the image") from error
+
+
+def unclaim_image(fd: int) -> None:
+    """Undo `claim_image`."""
+    fcntl.fcntl(fd, fcntl.F_OFD_SETLK, FLOCK.pack(
+        type=fcntl.F_UNLCK, whence=0, start=RAW_LOCK_SHARED_BASE + _bit(Perm.CONSISTENT_READ), len=1, pid=0))
+
+
 def _bit(perm: Perm) -> int:
     return perm.bit_length() - 1
 

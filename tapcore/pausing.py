@@ -9,7 +9,8 @@ Who wants a disk paused, and what follows:
 A disk runs when none of these is left. A connection that ends takes its hold with it, whatever ended it, and a
 hold with a time limit ends with that: a program that dies, stops or hangs while it holds a disk does not leave a
 guest waiting. A hand-over is answered when the fence beside the image (tapcore.fence) is on the disk; from the
-moment it is asked for nothing lets the disk go on. Who opens an image that has a fence finds its disk paused.
+moment it is asked for nothing lets the disk go on; a job (tapcore.jobs) is ended first. Who opens an image that
+has a fence finds its disk paused.
 """
 
 from __future__ import annotations
@@ -17,16 +18,19 @@ from __future__ import annotations
 import errno
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 from tapcore import fence
 from tapcore.control_server import Call, Connection
 from tapcore.disk import Disk
 from tapcore.driver import Env
 from tapcore.errors import ControlError, WritelogError
-from tapcore.vbd import PAUSED, RUNNING
+from tapcore.vbd import PAUSED, REPLACING, RUNNING
 
 logger = logging.getLogger(__name__)
+
+TRY_AGAIN_S: Final = 0.01
+"""Between looks whether a job has ended its exchange of a chain."""
 
 
 class Pausing:
@@ -39,6 +43,8 @@ class Pausing:
 
     def pause(self, call: Call) -> None:
         disk = self._find(call)
+        if self._comes_again(disk, self.pause, call):
+            return
         hold = call.params.get("hold", False)
         if "hold_s" in call.params and not hold:
             raise ControlError("hold_s goes with hold", errno=errno.EINVAL)
@@ -57,6 +63,13 @@ class Pausing:
             self._hold(disk, call.connection, call.params.get("hold_s"))
         else:
             disk.pinned = True
+
+    def _comes_again(self, disk: Disk, op: Callable[[Call], dict[str, Any] | None], call: Call) -> bool:
+        """A job is exchanging the disk's chain, which takes a moment: then `op` is done again after that."""
+        if not disk.is_busy or disk.vbd.state != REPLACING:
+            return False
+        self._env.loop.call_later(TRY_AGAIN_S, lambda: _answer(op, call))
+        return True
 
     def _check_may_hold(self, disk: Disk, connection: Connection) -> None:
         if disk.holder not in (None, connection):
@@ -80,6 +93,8 @@ class Pausing:
 
     def unpause(self, call: Call) -> dict[str, Any] | None:
         disk = self._find(call)
+        if self._comes_again(disk, self.unpause, call):
+            return None
         vbd = disk.vbd
         force = call.params.get("force", False)
         own = disk.holder is call.connection and not force
@@ -114,6 +129,9 @@ class Pausing:
             else:
                 go_on(error)
 
+        if "chain" in call.params and disk.is_busy:
+            raise ControlError(f"a job works on the images of disk {disk.name!r}", errno=errno.EBUSY,
+                               hint="wait for it (tap-ctl jobs), or end it (tap-ctl cancel)")
         if "chain" in call.params:
             vbd.replace_chain(call.params["chain"], replaced)
         elif force:
@@ -172,6 +190,9 @@ class Pausing:
 
     def handover(self, call: Call) -> None:
         disk = self._find(call)
+        if disk.is_busy:
+            disk.without_job(lambda: _answer(self.handover, call))
+            return
         vbd = disk.vbd
         _check_not_overdue(disk, call.connection)
         if disk.handing_over:
@@ -214,6 +235,16 @@ class Pausing:
                 outcome[0] = error
 
         self._env.workers.submit(work, lambda: done(outcome[0]))
+
+
+def _answer(op: Callable[[Call], dict[str, Any] | None], call: Call) -> None:
+    """Do what a call asks for that had to wait."""
+    try:
+        result = op(call)
+        if result is not None:
+            call.finish(result)
+    except WritelogError as error:
+        call.fail(error)
 
 
 def _check_not_overdue(disk: Disk, connection: Connection) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from tapcore.request import OP_NAMES
+from tapcore.request import OP_NAMES, Request
 
 BUCKETS = 48 * 4
 
@@ -36,6 +37,17 @@ class Stats:
         self.merged = 0
         self.stalls = 0
         self.latencies = [[0] * BUCKETS for _ in OP_NAMES]
+
+    def count(self, finished: Sequence[Request], latency_ns: int) -> None:
+        """Account for requests that ended well, all with the same latency (a batch ends as one)."""
+        requests, moved = self.requests, self.bytes
+        bucket = bucket_of(latency_ns)
+        latencies = self.latencies
+        for request in finished:
+            op = request.op
+            requests[op] += 1
+            moved[op] += request.length
+            latencies[op][bucket] += 1
 
     def percentile_us(self, op: int, fraction: float) -> float:
         """The latency in microseconds that `fraction` of the op's requests stayed below (bucket end)."""

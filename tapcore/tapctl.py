@@ -8,6 +8,7 @@ import logging
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from io import TextIOWrapper
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any, Final
 
 from tapcore.control import ControlClient, find_disk, processes
 from tapcore.errors import ControlError, UsageError, WritelogError
+from tapcore.params import size_bytes
 from tapcore.request import STATUS_HOLE, STATUS_ZERO
 from tapcore.rundir import default_run_dir
 from tapcore.tapdisk import seconds
@@ -23,6 +25,8 @@ from tapcore.text import size_text
 logger = logging.getLogger(__name__)
 
 DEFAULT_TIMEOUT_S: Final = 60.0
+LOOK_INTERVAL_S: Final = 0.1
+"""Between looks at a job that is waited for."""
 
 EXAMPLES = """\
 DISK is a name as `tap-ctl list` shows it. Give paths in a CHAIN or an address in full: the tapdisk has its own
@@ -37,6 +41,9 @@ examples:
   tap-ctl pause disk.img                           the guest's requests wait; none fails
   tap-ctl unpause disk.img --chain 'log:|aio:/vm/moved.img'
   tap-ctl map disk.img
+  tap-ctl snapshot disk.img /vm/top.qcow2          from now on writes go there
+  tap-ctl commit disk.img --rate 100M              they go into the image below; the disk goes on with that
+  tap-ctl stream disk.img                          the top image gets all that is only in those below
   tap-ctl close disk.img
   tap-ctl shutdown 1234
 """
@@ -114,6 +121,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     mapping = add_for_disk("map", _map, "Show which parts of a disk are data, zeroes and holes.")
     mapping.add_argument("--offset", type=int, default=0, metavar="BYTES")
     mapping.add_argument("--length", type=int, metavar="BYTES")
+    _add_jobs(add_for_disk)
     add("spawn", _spawn, "Start a tapdisk in the background: give it CHAINs and options as to tapdisk.")
     ending = add("shutdown", _shutdown, "Close every disk of a tapdisk and end it.")
     ending.add_argument("pid", metavar="PID", type=int, nargs="?", help="which, if several run")
@@ -123,6 +131,26 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     if rest and options.command is not _spawn:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return options
+
+
+def _add_jobs(add_for_disk: Callable[..., argparse.ArgumentParser]) -> None:
+    taking = add_for_disk("snapshot", _snapshot, "Put a new, empty overlay on top of the image of a disk that "
+                          "runs. From then on open the overlay, and nothing that is below it.")
+    taking.add_argument("path", metavar="PATH", help="the overlay's file, which must not exist")
+    taking.add_argument("--format", default="qcow2", help="qcow2 (the default), qcow or vhd")
+    taking.add_argument("--option", action="append", metavar="KEY=VALUE", dest="image_options",
+                        help="of the new image; may be repeated")
+    committing = add_for_disk("commit", _begin_job, "Move what the top image holds into its parent, and let the "
+                              "disk go on with the parent. Other overlays of the parent become useless.")
+    streaming = add_for_disk("stream", _begin_job, "Copy what only the parents hold into the top image, and let "
+                             "it stand alone.")
+    streaming.add_argument("--base", metavar="PATH", help="a parent that is to stay, with all that is below it")
+    for sub, op in ((committing, "commit"), (streaming, "stream")):
+        sub.set_defaults(op=op, base=None)
+        sub.add_argument("--rate", metavar="BYTES", help="at most so much a second: 50M")
+        sub.add_argument("--no-wait", action="store_true", help="do not wait for its end: see tap-ctl jobs")
+    add_for_disk("cancel", _cancel, "End the job of a disk; its chain stays what it was.")
+    add_for_disk("jobs", _jobs, "Show the last job of a disk, or of each.", nargs="?")
 
 
 # Commands
@@ -267,6 +295,51 @@ def _map(options: argparse.Namespace) -> None:
             offset = answer["next"]
     if options.json:
         _print_json({"extents": listed})
+
+
+def _snapshot(options: argparse.Namespace) -> None:
+    with find_disk(options.run_dir, options.disk, options.timeout) as client:
+        result = client.call("snapshot", disk=options.disk, path=str(Path(options.path).absolute()),
+                             format=options.format, options=options.image_options)
+    _print_result(options, result, f"{options.disk} was paused for {result['pause_ms']} ms; its chain is "
+                  f"{result['chain']}")
+
+
+def _begin_job(options: argparse.Namespace) -> None:
+    params: dict[str, Any] = {"rate": None if options.rate is None else size_bytes("--rate", options.rate)}
+    if options.base is not None:
+        params["base"] = str(Path(options.base).absolute())
+    with find_disk(options.run_dir, options.disk, options.timeout) as client:
+        job = client.call(options.op, disk=options.disk, **params)["job"]
+        while job["state"] == "running" and not options.no_wait:
+            time.sleep(LOOK_INTERVAL_S)
+            (job,) = client.call("jobs", disk=options.disk)["jobs"]
+    if job["state"] not in ("running", "done"):
+        raise ControlError(f"{options.op} {job['state']}: {job['error']}")
+    text = f"{options.disk} was paused for {job['pause_ms']} ms; its chain is {job.get('chain')}"
+    _print_result(options, job, f"{options.op} has begun: tap-ctl jobs" if options.no_wait else text)
+
+
+def _cancel(options: argparse.Namespace) -> None:
+    result = _call(options, "cancel")
+    _print_result(options, result, f"{result['job']['kind']} of {options.disk}: {result['job']['state']}")
+
+
+def _jobs(options: argparse.Namespace) -> None:
+    if options.disk is None:
+        jobs = [job for answer in _ask_all(options, "jobs") for job in answer["jobs"]]
+    else:
+        jobs = _call(options, "jobs")["jobs"]
+    if options.json:
+        _print_json({"jobs": jobs})
+        return
+    rows = []
+    for job in jobs:
+        total = job.get("total_bytes")
+        progress = f"{100 * job['done_bytes'] / total:.0f} %" if total else ""
+        rows.append([job["disk"], job["kind"], job["state"], progress, size_text(job.get("copied_bytes", 0)),
+                     f"{job['seconds']:.1f}", f"{job['pause_ms']:.1f}", job["error"] or job["phase"] or ""])
+    _print_table(["DISK", "JOB", "STATE", ">SEEN", ">COPIED", ">SECONDS", ">PAUSE ms", "PHASE"], rows)
 
 
 def _spawn(options: argparse.Namespace) -> None:

@@ -43,7 +43,7 @@ from tapcore.request import (
     Request,
     fail,
 )
-from tapcore.stats import Stats, bucket_of
+from tapcore.stats import Stats
 from tapcore.throttle import Throttle
 from tapcore.watchdog import Watchdog
 
@@ -187,6 +187,18 @@ class Vbd:
         if self.state in (REPLACING, CLOSING, CLOSED):
             raise ControlError(f"disk {self.name!r} is {self.state}", errno=errno.ESHUTDOWN)
 
+    def lend_chain(self, done: Callable[[], None]) -> None:
+        """Of a paused disk: `done()` when nothing at all is in flight. Until `chain_returned` the disk stays
+        paused, and what the chain's filters stand on is the caller's to exchange."""
+        if self.state != PAUSED:
+            raise ControlError(f"disk {self.name!r} is {self.state}", hint="pause it first")
+        self.state = REPLACING
+        self._when_idle(done)
+
+    def chain_returned(self) -> None:
+        self._use(self.chain)
+        self.state = PAUSED
+
     def replace_chain(self, chain_text: str, done: Callable[[WritelogError | None], None]) -> None:
         """Of a paused disk: close its chain and open `chain_text` instead, then `done(None)`; the disk stays
         paused. If the new one does not open, or has another size, the old one is opened again and `done(error)`.
@@ -195,10 +207,7 @@ class Vbd:
         What was changed through the old chain is made durable first: a flush of the new one, which may be other
         files, does not reach it. Where that fails, the guest's next flush does.
         """
-        if self.state != PAUSED:
-            raise ControlError(f"disk {self.name!r} is {self.state}", hint="pause it first")
-        self.state = REPLACING
-        self._when_idle(lambda: self._flush_chain(
+        self.lend_chain(lambda: self._flush_chain(
             lambda: self.chain.quiesce(lambda: self._replace(chain_text, done))))
 
     def _flush_chain(self, done: Callable[[], None]) -> None:
@@ -306,7 +315,7 @@ class Vbd:
                 request.started_ns = start_ns
                 self._flying[request] = None
         self._submit()
-        self._count(done, time.monotonic_ns() - start_ns)
+        self.statistics.count(done, time.monotonic_ns() - start_ns)
         for request in failed:
             request.started_ns = start_ns
             done.extend(self._failed(request))
@@ -349,7 +358,7 @@ class Vbd:
             self._watchdog.ended(request)
         for part in finished:
             if not part.error:
-                self._count((part,), time.monotonic_ns() - request.started_ns)
+                self.statistics.count((part,), time.monotonic_ns() - request.started_ns)
             part.owner.request_done(part)
         if self._strays:
             self._strays.discard(request)
@@ -393,7 +402,7 @@ class Vbd:
                 elif part.error:
                     final.extend(self._failed(part))
                 else:
-                    self._count((part,), time.monotonic_ns() - part.started_ns)
+                    self.statistics.count((part,), time.monotonic_ns() - part.started_ns)
                     final.append(part)
             if self.state == RUNNING:
                 self._submit()
@@ -469,17 +478,6 @@ class Vbd:
         return self.statistics.as_dict() | {
             "state": self.state, "in_flight": self.in_flight, "waiting": self.waiting,
         }
-
-    def _count(self, finished: Sequence[Request], latency_ns: int) -> None:
-        """Account for requests that ended well, all with the same latency (a batch ends as one)."""
-        requests, moved = self.statistics.requests, self.statistics.bytes
-        bucket = bucket_of(latency_ns)
-        latencies = self.statistics.latencies
-        for request in finished:
-            op = request.op
-            requests[op] += 1
-            moved[op] += request.length
-            latencies[op][bucket] += 1
 
 
 def _run(waiters: list[Callable[[], None]]) -> None:

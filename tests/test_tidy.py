@@ -85,6 +85,7 @@ tapcore.nbd
 --
 tapcore.disk
 --
+tapcore.jobs
 tapcore.pausing
 --
 tapcore.engine

@@ -393,6 +393,11 @@ class Connection:
 
     # The ring
 
+    def go_on(self) -> None:
+        """Start the reads that came while the log was quiescing."""
+        if self._ring is not None and not self._closed:
+            self._on_kick()
+
     def _on_kick(self) -> None:
         """Start the reads that the ring asks for."""
         context = self._context

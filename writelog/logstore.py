@@ -63,7 +63,7 @@ class LogStore:
         self.generation = 0
         self._wanted = {
             "magic": MAGIC, "version": VERSION, "granularity_bytes": granularity_bytes, "size_bytes": size_bytes,
-            "identity": hashlib.blake2b(os.fsencode(identity), digest_size=16).digest()}
+            "identity": _digest(identity)}
         one_bytes = -(-bitmap_bytes(size_bytes, granularity_bytes) // PAGE_BYTES) * PAGE_BYTES
         self._fd, fresh = _open_locked(self.name)
         try:
@@ -107,6 +107,11 @@ class LogStore:
         self.generation = int.from_bytes(os.urandom(8), "little") | 1
         HEADER.pack_into(self._map, 0, generation=self.generation, **self._wanted)
 
+    def set_identity(self, identity: str) -> None:
+        """The disk is known by another `identity` from now on. A crash meanwhile makes every block dirty."""
+        self._wanted["identity"] = _digest(identity)
+        HEADER.pack_into(self._map, 0, generation=self.generation, **self._wanted)
+
     def close(self) -> None:
         """Let another process have the log. What it knows stays in the shared memory."""
         del self.map
@@ -116,6 +121,10 @@ class LogStore:
             self._map.close()
         except BufferError:
             logger.debug("%s stays mapped until its last user is gone", self.name)
+
+
+def _digest(identity: str) -> bytes:
+    return hashlib.blake2b(os.fsencode(identity), digest_size=16).digest()
 
 
 def forget(run_dir: Path, name: str) -> bool:

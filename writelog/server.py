@@ -70,6 +70,13 @@ class LogServer:
         else:
             self._context.reads_ended.append(done)
 
+    def go_on(self, lower: Driver) -> None:
+        """After `quiesce`: read from `lower`, beginning with what was asked for meanwhile."""
+        self._context.lower = lower
+        self._context.quiescing = False
+        for connection in list(self._context.connections):
+            connection.go_on()
+
     def close(self) -> None:
         """End every connection and remove the socket.
 

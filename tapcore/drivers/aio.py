@@ -70,6 +70,9 @@ class Aio(Driver):
         self._ring.close()
         self._file.close()
 
+    def fileno(self) -> int:
+        return self._fd
+
     # The loop's thread: queueing
 
     def queue_read(self, request: Request) -> bool:

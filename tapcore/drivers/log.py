@@ -49,6 +49,7 @@ class Log(Filter):
         self._given_name, self._granularity_bytes = _parse(params)
         self.log_name = ""
         """The log's name, known once the driver is open."""
+        self._image = ""
         self._done_hook = self._write_done
         self._waiting: dict[Request, Callable[[Request], None]] = {}
         self._store: LogStore | None = None
@@ -60,7 +61,8 @@ class Log(Filter):
         self.log_name = check_name(self._given_name or _name_from(leaf))
         if self.flags & OpenFlag.QUERY:
             return
-        identity = f"name:{self._given_name}" if self._given_name else f"path:{_identity(leaf)}"
+        self._image = _identity(leaf)
+        identity = f"name:{self._given_name}" if self._given_name else f"path:{self._image}"
         run_dir = self.env.run_dir
         store = LogStore(run_dir, self.log_name, self.info.size_bytes, self._granularity_bytes, identity)
         try:
@@ -71,6 +73,19 @@ class Log(Filter):
         self._store = store
         self._map = store.map
         self._next_write = self.next.queue_write
+
+    def bind(self, lower: Driver) -> None:
+        """Of an open log: go on above `lower`. If that is another image than the one after which the log is named,
+        the log keeps the name as one that was given to it, in `params` too: with these it is found again."""
+        super().bind(lower)
+        if self._store is None or self._server is None:
+            return
+        self._next_write = lower.queue_write
+        if not self._given_name and _identity(leaf_of(lower)) != self._image:
+            self._given_name = self.log_name
+            self.params = ",".join([self.log_name, *self.params.split(",")[1:]])
+            self._store.set_identity(f"name:{self.log_name}")
+        self._server.go_on(lower)
 
     def close(self) -> None:
         """Disconnect clients, which returns their leases, and let go of the bitmap. Reads of theirs in flight are

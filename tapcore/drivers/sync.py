@@ -28,6 +28,9 @@ class Sync(Driver):
         self._file = RawFile.open(self.path, self.flags)
         self.info = self._file.info()
 
+    def fileno(self) -> int:
+        return self._file.fd
+
     def close(self) -> None:
         self._file.close()
 

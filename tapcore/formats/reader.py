@@ -103,6 +103,9 @@ class ImageDriver(Driver):
         if self.data is not self.file:
             self.data.close()
 
+    def fileno(self) -> int:
+        return self.file.fd
+
     # Reading
 
     def queue_read(self, request: Request) -> bool:
@@ -326,11 +329,19 @@ class ImageDriver(Driver):
     # Status
 
     def queue_status(self, request: Request) -> bool:
+        return self._status(request)
+
+    def queue_own_status(self, request: Request) -> bool:
+        """Block status of this image alone: HOLE is what it does not have, whatever its parents have; ZERO what it
+        has as zeroes."""
+        return self._status(request, own=True)
+
+    def _status(self, request: Request, *, own: bool = False) -> bool:
         length = min(request.length, MAX_STATUS_BYTES, self.mapping.unit_bytes * 16384)
         try:
             found = self.mapping.find(request.offset, length, MAX_STATUS_EXTENTS)
         except TableMiss as miss:
-            self.load(miss, partial(self.again, self.queue_status, request))
+            self.load(miss, partial(self.again, partial(self._status, own=own), request))
             return False
         except ImageError as error:
             return self.complain(request, error)
@@ -338,12 +349,14 @@ class ImageDriver(Driver):
         answers: list[tuple[int, list[Extent]] | Request] = []
         offset = request.offset
         for kind, length, _ in found:
-            inside = self.backing_bytes(offset, length) if kind == HOLE else 0
+            inside = self.backing_bytes(offset, length) if kind == HOLE and not own else 0
             if inside:
                 part = Request(STATUS, offset, inside, flags=request.flags)
                 answers.append(part)
                 self.ask_backing(flight, part)
             state = 0 if kind in (DATA, PACKED) else STATUS_HOLE | STATUS_ZERO
+            if own and state:
+                state = STATUS_HOLE if kind == HOLE else STATUS_ZERO
             answers.append((length - inside, [(length - inside, state)]))
             offset += length
 

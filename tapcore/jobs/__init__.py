@@ -1,0 +1,1 @@
+"""What changes a disk's chain of images while the guest uses it: snapshot, commit, stream."""
