@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
-from tapcore.driver import SECTOR_BYTES, OpenFlag
-from tapcore.errors import ImageError, UsageError, image_error
+from tapcore.driver import OpenFlag
+from tapcore.errors import UsageError
 from tapcore.formats.imagefile import ImageFile
 from tapcore.formats.tools import Backing, ImageTools, Packer, Report
 from tapcore.formats.vmdk.check import check
 from tapcore.formats.vmdk.create import ADAPTERS, SUBFORMATS, Parent, check_parent, create
 from tapcore.formats.vmdk.descriptor import NO_PARENT_CID, SPARSE_TYPES, replace_entries
-from tapcore.formats.vmdk.load import Image, load_image, open_sparse
+from tapcore.formats.vmdk.load import load_image, open_sparse
+from tapcore.formats.vmdk.resize import resize
+from tapcore.formats.vmdk.rewrite import rewrite
 from tapcore.formats.vmdk.stream import StreamImage
 from tapcore.params import size_bytes as parse_size
 
@@ -103,9 +105,14 @@ class VmdkTools(ImageTools):
                 check_parent(parent, image.descriptor.create_type)
             cid = parent.cid if parent else NO_PARENT_CID
             changes = {"parentCID": f"{cid:08x}", "parentFileNameHint": f'"{parent.hint}"' if parent else None}
-            _rewrite(image, changes)
+            rewrite(image, partial(replace_entries, changes=changes))
         finally:
             file.close()
+
+
+    @classmethod
+    def resize(cls, path: str, size_bytes: int, *, shrink: bool = False) -> None:
+        resize(path, size_bytes)
 
 
 def _parent(path: str, backing: Backing) -> Parent:
@@ -118,43 +125,3 @@ def _parent(path: str, backing: Backing) -> Parent:
         return Parent(backing.path, load_image(file).descriptor.cid)
     finally:
         file.close()
-
-
-def _rewrite(image: Image, changes: dict[str, str | None]) -> None:
-    """Write the descriptor with other entries: a file of its own is replaced at once, one inside an extent is
-    overwritten."""
-    file = image.file
-    text = replace_entries(file.load(image.descriptor_at, min(image.descriptor_room_bytes, file.size_bytes),
-                                     "the descriptor"), changes)
-    if len(text) > image.descriptor_room_bytes:
-        raise UsageError(f"the descriptor has no room for it: {len(text)} bytes, where "
-                         f"{image.descriptor_room_bytes} are", path=file.path,
-                         hint="name the parent by a shorter path")
-    if image.header is not None:
-        room = -(-len(text) // SECTOR_BYTES) * SECTOR_BYTES
-        former = len(file.load(image.descriptor_at, image.descriptor_room_bytes, "the descriptor").rstrip(b"\0"))
-        file.store(image.descriptor_at, text.ljust(max(room, former), b"\0"), "the descriptor")
-        file.sync_or_raise()
-        return
-    replace_file(file.path, text)
-
-
-def replace_file(path: str, data: bytes) -> None:
-    """Let the file have this content, all of it or, after a crash, none. ImageError."""
-    new = f"{path}.new"
-    try:
-        fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, Path(path).stat().st_mode & 0o777)
-        try:
-            if os.write(fd, data) != len(data):
-                raise ImageError("cannot write it: the file system is full", path=new)
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-        Path(new).replace(path)
-        folder = os.open(Path(path).parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError as error:
-        raise image_error(error, path, "replace the descriptor") from error
