@@ -9,11 +9,12 @@ from typing import NamedTuple
 from contract.runner import Runner
 
 from tapcore.driver import Env, OpenFlag
-from tapcore.formats.qcow2.create import create
+from tapcore.formats.tools import Backing, find_tools
 from tapcore.img.locate import Image, file_image
 from tapcore.img.progress import Progress
 
 SIZE = 2 << 20
+SMALL_UNITS = {"qcow2": {"cluster_size": "4K"}, "vhd": {"block_size": "64K"}, "vmdk": {"grain_size": "4K"}}
 
 
 class Cut(Exception):
@@ -63,18 +64,18 @@ def scribble(env: Env, disk: Disk, rng: Random, count: int = 25) -> Disk:
 
 def base(env: Env, folder: Path, name: str, kind: str, rng: Random, size: int = SIZE) -> Disk:
     path = folder / name
-    if kind == "qcow2":
-        create(str(path), size, cluster_bits=12)
-    else:
-        path.write_bytes(bytes(size))
-    return scribble(env, Disk(path, {"raw": "aio"}.get(kind, kind), bytes(size)), rng)
+    tools = find_tools(kind)
+    tools.create(str(path), size, options=SMALL_UNITS.get(kind, {}))
+    return scribble(env, Disk(path, tools.name, bytes(size)), rng)
 
 
-def overlay(env: Env, under: Disk, name: str, rng: Random, *, size: int = SIZE, version: int = 3) -> Disk:
+def overlay(
+    env: Env, under: Disk, name: str, rng: Random, *, size: int = SIZE, kind: str = "qcow2", **options: str
+) -> Disk:
     path = under.path.parent / name
-    create(str(path), size, backing=under.path.name, backing_format={"aio": "raw"}.get(under.driver, under.driver),
-           cluster_bits=12, version=version)
-    return scribble(env, Disk(path, "qcow2", under.content[:size].ljust(size, b"\0")), rng, 12)
+    find_tools(kind).create(str(path), size, backing=Backing(under.path.name, under.driver),
+                            options=SMALL_UNITS[kind] | options)
+    return scribble(env, Disk(path, kind, under.content[:size].ljust(size, b"\0")), rng, 12)
 
 
 def shows(env: Env, disk: Disk) -> bytes:

@@ -95,6 +95,7 @@ writelog.sync_
 tapcore.img.cli
 tapcore.img.commands
 tapcore.img.legacy
+tapcore.img.vhd_util
 tapcore.tapctl
 tapcore.tapdisk
 writelog.cli

@@ -114,6 +114,10 @@ class ImageTools:
         raise cls._cannot(path, "change the backing of")
 
     @classmethod
+    def accept_backing(cls, path: str) -> None:
+        """The backing was written to on purpose: for a format that notices, it is the right one again as it is."""
+
+    @classmethod
     def resize(cls, path: str, size_bytes: int, *, shrink: bool = False) -> None:
         """Give the disk another size; what is added reads as zeroes, what is behind a smaller size is given up.
         UsageError for a smaller size without `shrink`."""

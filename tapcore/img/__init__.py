@@ -1,6 +1,7 @@
 """td-img: what is done with disk images offline.
 
     cli.py         the command line; commands.py what its commands do
+    legacy.py      the original's tools, in a few lines over the same functions; vhd_util.py its vhd-util
     locate.py      what an argument names: a file of a format, or a chain
     session.py     a loop with chains, and tasks that keep requests under way on them
     walk.py        a disk's pieces in order, by its block status

@@ -93,7 +93,8 @@ examples:
 """
 COMMIT = """
 The overlay stays as it is, and right, until the backing is durable; with --delete it is removed then. Other
-overlays on the same backing show something else afterwards: there must be none that is needed.
+overlays on the same backing show something else afterwards: there must be none that is needed. A VMDK overlay
+whose commit was cut off says that its parent was changed; rebase --unsafe to that parent makes it valid again.
 
 examples:
   td-img commit --progress overlay.qcow2

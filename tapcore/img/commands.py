@@ -119,8 +119,13 @@ def _info_lines(about: dict[str, Any]) -> Iterator[str]:
         yield f"on disk  {size_text(about['disk_bytes'])}"
     if "backing" in about:
         yield f"backing  {about['backing']} ({about['backing_format']})"
+    if "backing_error" in about:
+        yield f"backing  {about['backing_error']}"
     for name, value in about.get("details", {}).items():
-        text = ("no", "yes")[value] if isinstance(value, bool) else value
+        if isinstance(value, list | dict):
+            text = json.dumps(value, ensure_ascii=False)
+        else:
+            text = ("no", "yes")[value] if isinstance(value, bool) else value
         yield f"  {name.replace('_', ' ')}: {text}"
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tapcore.chain import Chain
-from tapcore.driver import Driver, OpenFlag
-from tapcore.errors import UsageError
+from tapcore.chain import MAX_PARENT_DEPTH, Chain
+from tapcore.driver import Driver, OpenFlag, ParentId, find_driver
+from tapcore.errors import UsageError, WritelogError
 from tapcore.formats.tools import find_tools, format_name
 from tapcore.img.layers import DEPTH_SHIFT, mark_depths
 from tapcore.img.locate import Image
@@ -23,31 +22,46 @@ MAX_STATUS_BYTES = 1 << 30
 
 def describe(session: Session, image: Image, *, backing_chain: bool = False) -> list[dict[str, Any]]:
     """One description of the image, or with `backing_chain` of it and all below. Nothing is locked: a running disk
-    can be described."""
-    chain = session.open(image.chain, LOOK)
-    images = mark_depths(chain)
-    found = [_describe_one(driver, images[number + 1 :]) for number, driver in enumerate(images)]
-    session.close(chain)
-    return found if backing_chain else found[:1]
+    can be described; and each is opened alone: a backing file that is missing hides nothing else. ImageError."""
+    if image.path is None:
+        chain = session.open(image.chain, LOOK)
+        about = _describe_one(chain.leaf)
+        session.close(chain)
+        return [about]
+    level: ParentId | None = ParentId(image.driver, image.path)
+    found: list[dict[str, Any]] = []
+    while level is not None and len(found) <= MAX_PARENT_DEPTH:
+        driver = find_driver(level.driver)(session.env, level.params, LOOK)
+        driver.open()
+        try:
+            about = _describe_one(driver)
+            try:
+                level = driver.get_parent_id()
+            except WritelogError as error:
+                level = None
+                about["backing_error"] = str(error)
+        finally:
+            driver.close()
+        if level is not None:
+            about |= {"backing": level.params, "backing_format": format_name(level.driver)}
+        found.append(about)
+        if not backing_chain:
+            break
+    return found
 
 
-def _describe_one(driver: Driver, below: list[Driver]) -> dict[str, Any]:
+def _describe_one(driver: Driver) -> dict[str, Any]:
     about: dict[str, Any] = {"image": driver.path or f"{driver.name}:{driver.params}",
                              "format": format_name(driver.name), "size_bytes": driver.info.size_bytes}
-    if driver.path is not None and Path(driver.path).is_file():
-        about["disk_bytes"] = os.stat(driver.path).st_blocks * 512  # noqa: PTH116
-    if below:
-        about["backing"] = below[0].path or below[0].params
-        about["backing_format"] = format_name(below[0].name)
+    if driver.path is None:
+        return about
+    if Path(driver.path).is_file():
+        about["disk_bytes"] = Path(driver.path).stat().st_blocks * 512
     try:
-        tools = find_tools(driver.name)
+        details = find_tools(driver.name).describe(driver.path)
     except UsageError:
         return about
-    if driver.path is not None:
-        details = tools.describe(driver.path)
-        if details:
-            about["details"] = details
-    return about
+    return about | {"details": details} if details else about
 
 
 def extents(session: Session, chain: Chain, start: int, stop: int) -> Iterator[dict[str, Any]]:

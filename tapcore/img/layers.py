@@ -112,6 +112,7 @@ def commit(session: Session, overlay: Image, progress: Progress) -> Committed:
          granule_bytes=granule_of(into.info))
     session.close(into)
     session.close(chain)
+    overlay.tools.accept_backing(overlay.file)
     progress.end()
     return Committed(str(overlay), str(backing), progress.done_bytes)
 

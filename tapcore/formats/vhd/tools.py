@@ -100,6 +100,17 @@ class VhdTools(ImageTools):
             file.close()
 
     @classmethod
+    def accept_backing(cls, path: str) -> None:
+        """The time when the parent was modified is written anew."""
+        file, image = _open(path)
+        try:
+            driver = find_parent(path, file, image, cls.name).driver
+            name = _present_parent(file, image, image.size_bytes).path
+        finally:
+            file.close()
+        cls.set_backing(path, Backing(name, driver))
+
+    @classmethod
     def resize(cls, path: str, size_bytes: int, *, shrink: bool = False) -> None:
         check_size(size_bytes)
         file, image = _open(path)

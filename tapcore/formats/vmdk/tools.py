@@ -109,6 +109,16 @@ class VmdkTools(ImageTools):
         finally:
             file.close()
 
+    @classmethod
+    def accept_backing(cls, path: str) -> None:
+        file = ImageFile.open(path, OpenFlag.RDONLY | OpenFlag.QUERY)
+        try:
+            hint = load_image(file).descriptor.parent_hint
+        finally:
+            file.close()
+        if hint is not None:
+            cls.set_backing(path, Backing(hint, cls.name))
+
 
     @classmethod
     def resize(cls, path: str, size_bytes: int, *, shrink: bool = False) -> None:

@@ -11,7 +11,6 @@ from overlays import SIZE, Cut, CutOff, base, overlay, shows
 
 from tapcore.driver import Env, OpenFlag
 from tapcore.errors import UsageError, WritelogError
-from tapcore.formats.qcow2.check import check
 from tapcore.formats.qcow2.create import create
 from tapcore.formats.tools import Backing
 from tapcore.img import layers
@@ -20,19 +19,25 @@ from tapcore.img.session import Session, Task
 from tapcore.request import STATUS, Request
 
 
-@pytest.mark.parametrize(("kind", "base_bytes"), [
-    ("raw", SIZE), ("raw", SIZE // 2 + 512), ("raw", 2 * SIZE), ("qcow2", SIZE), ("qcow2", 2 * SIZE)])
-def test_commit(env: Env, tmp_path: Path, kind: str, base_bytes: int) -> None:
+@pytest.mark.parametrize(("top_kind", "kind", "base_bytes"), [
+    ("qcow2", "raw", SIZE), ("qcow2", "raw", SIZE // 2 + 512), ("qcow2", "raw", 2 * SIZE),
+    ("qcow2", "qcow2", SIZE // 2), ("qcow2", "qcow2", 2 * SIZE), ("qcow2", "vhd", SIZE // 2),
+    ("qcow2", "vmdk", SIZE), ("vhd", "vhd", SIZE), ("vhd", "raw", SIZE), ("vmdk", "vmdk", SIZE)])
+def test_commit(
+    env: Env, tmp_path: Path, caplog: pytest.LogCaptureFixture, top_kind: str, kind: str, base_bytes: int
+) -> None:
     rng = Random(f"{kind}{base_bytes}")
     under = base(env, tmp_path, "base", kind, rng, base_bytes)
-    top = overlay(env, under, "top", rng)
+    top = overlay(env, under, "top", rng, kind=top_kind)
+    caplog.clear()
     with Session() as session:
         done = layers.commit(session, top.image, Progress())
     assert done.backing == str(under.path)
     want = top.content + under.content[SIZE:]
     assert shows(env, under) == want and shows(env, top) == top.content
     for disk in (under, top):
-        assert disk.driver != "qcow2" or not check(str(disk.path)).errors
+        assert not disk.image.tools.check(str(disk.path)).errors
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("at", [0, 1, 4, 8])

@@ -20,14 +20,14 @@ from tapcore.img.session import Session
 
 @pytest.mark.parametrize(("old", "new"), [
     (SIZE, SIZE), (SIZE // 2, SIZE), (SIZE, SIZE // 2), (SIZE // 2, 2 * SIZE), (0, SIZE), (SIZE, 0)])
-@pytest.mark.parametrize("version", [2, 3])
-def test_rebase(env: Env, tmp_path: Path, old: int, new: int, version: int) -> None:
+@pytest.mark.parametrize("version", ["2", "3"])
+def test_rebase(env: Env, tmp_path: Path, old: int, new: int, version: str) -> None:
     """From a backing to another, shorter and longer than the image; from none, and to none."""
     rng = Random(f"{old}{new}{version}")
     if old:
         top = overlay(env, base(env, tmp_path, "old", "raw", rng, old), "top", rng, version=version)
     else:
-        create(str(tmp_path / "top"), SIZE, cluster_bits=12, version=version)
+        create(str(tmp_path / "top"), SIZE, cluster_bits=12, version=int(version))
         top = scribble(env, Disk(tmp_path / "top", "qcow2", bytes(SIZE)), rng)
     target = base(env, tmp_path, "new", "qcow2", rng, new) if new else None
     with Session() as session:
