@@ -113,6 +113,7 @@ PURE = [
     "tapcore.formats.tables", "tapcore.formats.qcow2.layout", "tapcore.formats.qcow2.mapping",
     "tapcore.formats.qcow2.packed", "tapcore.formats.qcow2.refcounts", "tapcore.formats.qcow2.subclusters",
     "tapcore.formats.vmdk.layout", "tapcore.formats.vmdk.descriptor", "tapcore.formats.vmdk.mapping",
+    "tapcore.formats.qcow.mapping",
     "tapcore.formats.vhd.layout", "tapcore.formats.vhd.locators", "tapcore.formats.vhd.mapping",
     "tapcore.formats.qcow2.counts",
 ]

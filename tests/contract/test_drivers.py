@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from nbd_servers import Server, nbdkit, qemu_nbd
 
 from tapcore.driver import Env, Feature, OpenFlag
+from tapcore.formats.qcow.create import create as create_qcow
 from tapcore.formats.qcow2.create import create as create_qcow2
 from tapcore.formats.vhd.create import create as create_vhd
 from tapcore.formats.vmdk.create import create as create_vmdk
@@ -58,6 +59,7 @@ CHAINS = {
     "vmdk": "vmdk:{disk}",
     "vmdk-split": "vmdk:{disk}",
     "vmdk-flat": "vmdk:{disk}",
+    "qcow": "qcow:{disk}",
     "vhd": "vhd:{disk}",
     "vhd-fixed": "vhd:{disk}",
     "vhdsync": "vhdsync:{disk}",
@@ -70,6 +72,7 @@ FORMATS: dict[str, Callable[[Path], None]] = {
     "vmdk": lambda path: create_vmdk(str(path), SIZE),
     "vmdk-split": lambda path: create_vmdk(str(path), SIZE, subformat="twoGbMaxExtentSparse", split_bytes=1 << 19),
     "vmdk-flat": lambda path: create_vmdk(str(path), SIZE, subformat="twoGbMaxExtentFlat", split_bytes=1 << 19),
+    "qcow": lambda path: create_qcow(str(path), SIZE),
     "vhd": lambda path: create_vhd(str(path), SIZE, block_bytes=65536),
     "vhd-fixed": lambda path: create_vhd(str(path), SIZE, variant="fixed"),
     "vhdsync": lambda path: create_vhd(str(path), SIZE),
