@@ -19,6 +19,8 @@ Tables are written at a flush, the redundant ones first, in an order that leaves
 crash or power loss. An extent that was not closed gets its redundant tables brought in step. Memory for tables is
 bounded: 8 MiB for each extent, beside the directory.
 
+An extent that was cut short is not written before td-img check --repair.
+
 Limits: grains up to 2 MiB, directories up to 4 MiB, 4096 extents, descriptors up to 1 MiB. Refused: SESPARSE, raw
 devices and other types of extents, encrypted images, writing where changed blocks are tracked (changeTrackPath).
 Without grains marked as zero (zeroed_grain=on) zeroes are written where a parent has data, and discard leaves what

@@ -211,7 +211,7 @@ def packed(layout: Layout, data: bytes, at: int, field: str, value: int) -> byte
 FIELDS = [name for name in HEADER.names if name != "magic"]
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=FIXTURE)
+@settings(max_examples=80, deadline=None, suppress_health_check=FIXTURE)
 @given(kind=st.sampled_from(("sparse", "split", "stream")), changes=st.dictionaries(
     st.sampled_from(FIELDS), NUMBERS, min_size=1, max_size=3), footer=st.booleans())
 @example(kind="sparse", changes={"grainSize": 4096, "capacity": 1 << 42}, footer=False)
@@ -242,7 +242,7 @@ def test_an_absurd_header_field_is_named(env: Env, seeds: Seeds, field: str) -> 
     assert any(field in refusal for refusal in refusals), refusals
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=FIXTURE)
+@settings(max_examples=40, deadline=None, suppress_health_check=FIXTURE)
 @given(changes=st.dictionaries(st.sampled_from([name for name in COWD_HEADER.names if name != "magic"]), NUMBERS,
                                min_size=1, max_size=3))
 def test_fields_of_a_vmfs_sparse_extent(env: Env, seeds: Seeds, changes: dict[str, int]) -> None:
@@ -255,7 +255,7 @@ def test_fields_of_a_vmfs_sparse_extent(env: Env, seeds: Seeds, changes: dict[st
 ENTRIES = st.one_of(st.integers(0, 3000), st.sampled_from((0, 1, 2, 0x7FFFFFFF, 0xFFFFFFFF)))
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=FIXTURE)
+@settings(max_examples=80, deadline=None, suppress_health_check=FIXTURE)
 @given(kind=st.sampled_from(("sparse", "split", "stream")), unclean=st.booleans(), changes=st.lists(
     st.tuples(st.sampled_from(("gd", "rgd", "gt", "rgt")), st.integers(0, 40), ENTRIES), min_size=1, max_size=6))
 def test_entries_of_directories_and_tables(
@@ -285,7 +285,7 @@ LINES = st.one_of(
     st.binary(max_size=60))
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=FIXTURE)
+@settings(max_examples=80, deadline=None, suppress_health_check=FIXTURE)
 @given(kind=st.sampled_from(("sparse", "split", "flat", "stream")), edits=st.lists(
     st.tuples(st.sampled_from(("replace", "insert", "delete", "twice")), st.integers(0, 20), LINES),
     min_size=1, max_size=4))
@@ -308,7 +308,7 @@ def test_lines_of_the_descriptor(
     run(env, seeds[kind].files | {"a.vmdk": text})
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=FIXTURE)
+@settings(max_examples=80, deadline=None, suppress_health_check=FIXTURE)
 @given(kind=st.sampled_from(("sparse", "split", "flat", "stream", "cowd")), flips=st.lists(
     st.tuples(st.integers(0, 1 << 30), st.integers(1, 255)), max_size=8),
        cut=st.one_of(st.none(), st.integers(0, 1 << 21)))
@@ -329,7 +329,7 @@ def test_flipped_bytes_and_files_that_were_cut_short(
     run(env, files)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=FIXTURE)
+@settings(max_examples=80, deadline=None, suppress_health_check=FIXTURE)
 @given(flips=st.lists(st.tuples(st.integers(0, 1 << 30), st.integers(1, 255)), max_size=4),
        cut=st.one_of(st.none(), st.integers(0, 1 << 18)), step=st.sampled_from((1000, 4096, 70001)))
 def test_streams_that_are_damaged_on_the_way(

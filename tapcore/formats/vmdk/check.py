@@ -15,7 +15,7 @@ from tapcore.errors import ImageError
 from tapcore.formats.imagefile import ImageFile
 from tapcore.formats.tools import Report
 from tapcore.formats.vmdk.descriptor import SPARSE_TYPES, ExtentLine, extent_path
-from tapcore.formats.vmdk.layout import GTE_BYTES, Header
+from tapcore.formats.vmdk.layout import GTE_BYTES, GTE_HOLE, Header
 from tapcore.formats.vmdk.load import Image, load_directory, load_image, open_sparse
 from tapcore.formats.vmdk.mapping import Mapping, from_little_endian, to_little_endian, unpack_grain
 from tapcore.formats.vmdk.tables import mark_open
@@ -132,6 +132,7 @@ class Walk:
         return from_little_endian(self.file.load(offset, length, "a grain table"))
 
     def _mend_directory(self, index: int, one: array[int] | None, two: array[int] | None) -> array[int] | None:
+        assert self.redundant is not None
         which = "the redundant grain directory" if two is None else "the grain directory"
         table = two if one is None else one
         self.report.add(f"entry {index} of {which} has no table in the file"
@@ -145,6 +146,7 @@ class Walk:
         base = self.header.rgd_offset if two is None else self.header.gd_offset
         entry = to_little_endian(array("I", [end // SECTOR_BYTES]))
         self.file.store(base + index * GTE_BYTES, entry, "the grain directory")
+        (self.redundant if two is None else self.directory)[index] = end // SECTOR_BYTES
         self._repaired()
         return table
 
@@ -182,6 +184,7 @@ class Walk:
         if not any(table):
             return
         header, mapping = self.header, self.mapping
+        absent = 0
         for at, entry in enumerate(table):
             if not entry:
                 continue
@@ -190,6 +193,9 @@ class Walk:
                 host = mapping.kind_of(entry, guest)[1]
             except ImageError as error:
                 self.report.add(error.message)
+                if entry >= mapping.end_sector:
+                    table[at] = GTE_HOLE
+                    absent += 1
                 continue
             if header.compressed:
                 self._packed(guest, host)
@@ -198,6 +204,15 @@ class Walk:
                                 leak=True)
             elif host:
                 self._grain(guest, host)
+        if absent and not self.file.read_only:
+            self._forget(index, table, absent)
+
+    def _forget(self, index: int, table: array[int], count: int) -> None:
+        """Write the table without grains that are not in the file: it was cut short, and their data is lost."""
+        for copy in (self.directory, self.redundant):
+            if copy is not None and self._load(copy[index]) is not None:
+                self.file.store(copy[index] * SECTOR_BYTES, to_little_endian(table), "a grain table")
+        self._repaired(count)
 
     def _grain(self, guest: int, host: int) -> None:
         unit, within = divmod(host, self.header.grain_bytes)

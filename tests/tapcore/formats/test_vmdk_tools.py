@@ -197,6 +197,27 @@ def test_leaked_grains_are_given_back(env: Env, tmp_path: Path) -> None:
     assert path.stat().st_blocks <= blocks - 3 * 128
 
 
+@pytest.mark.parametrize("left", [2 * 65536, 3 * 65536 + 1])
+def test_an_extent_that_was_cut_short_is_not_written_before_it_is_mended(
+    env: Env, tmp_path: Path, left: int
+) -> None:
+    """Else a new grain would get the place that a lost one had."""
+    path = tmp_path / "a.vmdk"
+    places = damaged(env, path)
+    end = len(places.data) - 5 * 65536 + left
+    path.write_bytes(places.data[:end])
+    with pytest.raises(Exception, match=r"cut short.*td-img check --repair"):
+        Runner(env, f"vmdk:{path}")
+    there = left // 65536 * 65536
+    assert read(env, path, 0, there) == b"x" * there
+    mended = VmdkTools.check(str(path), repair=True)
+    assert mended.errors == 0 and mended.repaired == 5 - -(-left // 65536)
+    assert VmdkTools.check(str(path)) == Report()
+    write(env, path, 5 << 20, b"y" * 300000)
+    assert read(env, path, 0, there) == b"x" * there
+    assert read(env, path, 5 * 65536 - 65536, 65536) == bytes(65536)
+
+
 def test_a_missing_extent_is_an_error_of_the_image(tmp_path: Path) -> None:
     for subformat in ("twoGbMaxExtentFlat", "twoGbMaxExtentSparse"):
         path = tmp_path / f"{subformat}.vmdk"
