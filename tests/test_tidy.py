@@ -47,7 +47,12 @@ tapcore.workers
 writelog.bitmap
 writelog.control
 writelog.dirtymap
+writelog.backlog
+writelog.heat
+writelog.pace
 writelog.plan
+writelog.planner
+writelog.simulate
 writelog.ring
 writelog.shm
 writelog.wire
@@ -108,7 +113,9 @@ module imports from its own layer and those before it."""
 PURE = [
     "tapcore.nbd.wire", "tapcore.nbd.negotiate", "tapcore.nbd.status", "tapcore.nbd.session",
     "tapcore.nbd.replies", "tapcore.nbd.client_codec", "tapcore.nbd.reply_decoder", "tapcore.nbd.fit",
-    "writelog.wire", "writelog.plan", "writelog.ring", "tapcore.bucket",
+    "writelog.wire", "writelog.plan", "writelog.planner", "writelog.simulate",
+    "writelog.backlog", "writelog.heat", "writelog.pace",
+    "writelog.ring", "tapcore.bucket",
     "writelog.control", "writelog.dirtymap", "writelog.bitmap", "tapcore.formats.extents",
     "tapcore.formats.tables", "tapcore.formats.qcow2.layout", "tapcore.formats.qcow2.mapping",
     "tapcore.formats.qcow2.packed", "tapcore.formats.qcow2.refcounts", "tapcore.formats.qcow2.subclusters",

@@ -173,6 +173,10 @@ class DirtyMap:
             mask &= ~taken
         for first, after in self._blocks_in_flight():
             mask[max(first - low, 0) : max(after - low, 0)] = 0
+            if self._touched is not None and first < high and after > low:
+                # It stays in the log, which the taker is to hear of.
+                offset = first << self.dirty.shift
+                self._touched.mark(offset, min(after << self.dirty.shift, self.dirty.size_bytes) - offset)
         if wanted is not None:
             mask &= wanted.mask(low, high)
         found, following = self._runs(mask, low, start, end, limit)

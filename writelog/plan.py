@@ -1,32 +1,50 @@
 """What a sync does next: figures in, decision out. No I/O, no clock of its own.
 
-A sync copies what is dirty while the guest writes on. The pause that a switch-over would cost now is predicted as
+A sync copies what is dirty while the guest writes on. The pause that a switch-over would cost now is
 
     remaining / send rate + round trip + flush of the replica + time for which it has applied nothing
 
-and once that fits the downtime budget, and is short anyway or becomes no shorter, the sync switches. If the
-prediction has not become better for `patience_s`, it never will: the guest writes as fast as the link carries, and
-the sync gives up and says so. Times are seconds, rates bytes a second.
+and once that fits the downtime budget, and is short anyway or becomes no shorter, the sync switches.
+
+How short it can become is predicted from the heat of the disk. In a sweep of t seconds over all that is dirty, the
+guest writes to chunks(t) = Σ over classes of n·(1 - e^(-rate·t)) chunks again; so the sweeps settle where
+
+    chunks(t) · bytes of a chunk / send rate + what does not depend on t  =  t
+
+If that is above the budget, or the pause has become no shorter for a while, the sync *escalates*, in small steps:
+first its own rate cap goes up, if it has one that may, then the guest's writes are slowed down, to a floor. If
+there is nothing left to do, and for `patience_s` nothing has become better, it gives up and says why. Times are
+seconds, rates bytes a second.
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Final
 
 from tapcore.text import size_text
+from writelog.dirtymap import CHUNK_BYTES
+from writelog.heat import Spread
 
 ASSUMED_RATE: Final = 50e6
 """Send rate before any was measured."""
-SHORT_PAUSE_S: Final = 0.02
-"""A pause that need not become shorter."""
+SHORT_PART: Final = 0.25
+"""Of the downtime budget: a pause that need not become shorter."""
+MARGIN: Final = 0.95
+"""Of the downtime budget: predictions are not exact."""
 SETTLED_S: Final = 0.3
 """A prediction that is no better for so long will hardly become better."""
 NOTICEABLE: Final = 0.95
 """A prediction is better only if it is below this part of the best one so far."""
 MAX_FAILED_PAUSES: Final = 3
+HOPELESS_S, HOPEFUL_S = 1.0, 8.0
+"""Escalate after so long without improvement: if the prediction is above the budget, and if it is not."""
+SWEEP_MIN_S, SWEEP_MAX_S, SWEEP_STEP = 0.001, 3600.0, 1.1
+RATE_STEP: Final = 1.25
+THROTTLE_STEP: Final = 0.9
 
 
 class Action(Enum):
@@ -34,6 +52,7 @@ class Action(Enum):
     SWITCH = "switch"
     RESUME = "resume"
     """The pause lasts too long: let the guest go on and copy more."""
+    ESCALATE = "escalate"
     GIVE_UP = "give up"
 
 
@@ -45,6 +64,13 @@ class Limits:
     patience_s: float = 60.0
     max_pause_s: float = 10.0
     max_time_s: float | None = None
+    rate: float | None = None
+    """Send no faster."""
+    max_rate: float | None = None
+    """How far an escalation may raise `rate`."""
+    may_throttle: bool = True
+    throttle_floor: float | None = None
+    """Slow the guest's writes down to this, not further. None: to half of what is sent."""
 
 
 @dataclass(frozen=True)
@@ -68,9 +94,15 @@ class Outlook:
     is_untried: bool = False
     """It has applied nothing at all: how fast it is nobody knows, nor whether its disk works."""
     paused_s: float | None = None
-
-    def with_unimproved(self, unimproved_s: float) -> Outlook:
-        return replace(self, unimproved_s=unimproved_s)
+    best_pause_s: float | None = None
+    """What the sweeps are predicted to settle at; None if that is not known."""
+    write_rate: float = 0.0
+    """What the guest writes, again or not."""
+    measures: str = ""
+    """What was done about it so far, for people."""
+    can_escalate: bool = False
+    escalated_s: float = math.inf
+    """Since the last step."""
 
     def with_pause(self, elapsed_s: float, paused_s: float | None, remaining_bytes: int) -> Outlook:
         """The same at a later time, of which only so much is known."""
@@ -114,11 +146,17 @@ def decide(outlook: Outlook, limits: Limits) -> Decision:
         return Decision(Action.GIVE_UP, f"the replica has applied nothing for {outlook.stalled_s:.0f} s, with "
                                         f"{size_text(outlook.remaining_bytes)} to go",
                         "see what its disk does, or wait longer with --patience")
-    if not outlook.first_pass_done or outlook.is_untried:
+    if outlook.is_untried:
         return Decision(Action.COPY)
-    if outlook.pause_s <= limits.downtime_s and (
-            outlook.pause_s <= SHORT_PAUSE_S or outlook.unimproved_s >= SETTLED_S):
+    if outlook.pause_s <= limits.downtime_s * MARGIN and (
+            outlook.pause_s <= limits.downtime_s * SHORT_PART or outlook.unimproved_s >= SETTLED_S):
         return Decision(Action.SWITCH)
+    if not outlook.first_pass_done or outlook.pause_s <= limits.downtime_s:
+        return Decision(Action.COPY)
+    is_hopeless = outlook.best_pause_s is not None and outlook.best_pause_s > limits.downtime_s
+    due_s = HOPELESS_S if is_hopeless else HOPEFUL_S
+    if outlook.can_escalate and min(outlook.unimproved_s, outlook.escalated_s) >= due_s:
+        return Decision(Action.ESCALATE)
     if outlook.unimproved_s > limits.patience_s:
         return Decision(Action.GIVE_UP, f"does not converge: {_figures(outlook)}, no better for "
                                         f"{outlook.unimproved_s:.0f} s",
@@ -127,8 +165,68 @@ def decide(outlook: Outlook, limits: Limits) -> Decision:
 
 
 def _figures(outlook: Outlook) -> str:
-    return (f"{size_text(outlook.dirty_rate)}/s are written, {size_text(outlook.send_rate or 0)}/s are sent, "
+    text = (f"{size_text(outlook.dirty_rate)}/s are written, {size_text(outlook.send_rate or 0)}/s are sent, "
             f"{size_text(outlook.remaining_bytes)} remain, the pause would take {outlook.pause_s:.2f} s")
+    return f"{text}; {outlook.measures}" if outlook.measures else text
+
+
+def settled_pause_s(spread: Spread, chunk_bytes: float, send_rate: float, fixed_s: float) -> float:
+    """What the sweeps settle at, if each chunk that is written to has `chunk_bytes` to send; infinite if at more
+    than SWEEP_MAX_S."""
+    sweep_s = SWEEP_MIN_S
+    while sweep_s < SWEEP_MAX_S:
+        if spread.chunks_after(sweep_s) * chunk_bytes / send_rate + fixed_s <= sweep_s:
+            return sweep_s
+        sweep_s *= SWEEP_STEP
+    return math.inf
+
+
+def bytes_a_chunk(spread: Spread, write_rate: float) -> float:
+    """How much of a chunk is dirty after one touch, about: what is written goes to the chunks that are touched."""
+    touch_rate = spread.touch_rate
+    return min(write_rate / touch_rate, CHUNK_BYTES) if touch_rate else CHUNK_BYTES
+
+
+class Escalation:
+    """What is done so that a sync converges: `rate` is the cap on what is sent, `throttle` on what the guest
+    writes; None is no cap."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.rate = limits.rate
+        self.throttle: float | None = None
+        self._limits = limits
+
+    def _floor(self, send_rate: float) -> float:
+        floor = self._limits.throttle_floor
+        return send_rate / 2 if floor is None else floor
+
+    @property
+    def _may_send_more(self) -> bool:
+        return self.rate is not None and self._limits.max_rate is not None and self.rate < self._limits.max_rate
+
+    def can_step(self, send_rate: float | None) -> bool:
+        if self._may_send_more:
+            return True
+        if not self._limits.may_throttle or not send_rate:
+            return False
+        return self.throttle is None or self.throttle > self._floor(send_rate)
+
+    def step(self, write_rate: float, send_rate: float) -> None:
+        """One step further. `can_step` was true."""
+        if self._may_send_more:
+            assert self.rate is not None and self._limits.max_rate is not None
+            self.rate = min(self.rate * RATE_STEP, self._limits.max_rate)
+            return
+        now = min(self.throttle or write_rate, max(write_rate, 1.0))
+        self.throttle = max(now * THROTTLE_STEP, self._floor(send_rate), 1.0)
+
+    def __str__(self) -> str:
+        parts = []
+        if self.rate is not None:
+            parts.append(f"the cap is {size_text(self.rate)}/s")
+        if self.throttle is not None:
+            parts.append(f"the guest is slowed down to {size_text(self.throttle)}/s")
+        return ", ".join(parts)
 
 
 def flush_estimate_s(last_flush_s: float, last_flush_bytes: int, pending_bytes: int) -> float:

@@ -7,9 +7,13 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Final
 
 from tapcore.errors import WritelogError
+from tapcore.params import size_bytes
 from tapcore.rundir import default_run_dir
+from tapcore.text import size_text
+from writelog import sync_simulate
 from writelog.plan import Limits
 from writelog.replica import run_command, seconds, some_seconds
 from writelog.sync_link import Peer
@@ -17,6 +21,8 @@ from writelog.sync_report import Reporter
 from writelog.sync_run import Interrupted, Sync
 from writelog.sync_source import Source
 from writelog.sync_transport import check_endpoint, load_keys, load_public_key
+
+MIN_RATE: Final = 64 << 10
 
 DESCRIPTION = """\
 Copy DISK, which a tapdisk serves with a write log, to a writelog-replica while its guest writes on; when little is
@@ -28,9 +34,27 @@ examples:
   writelog-sync vm1 tcp://127.0.0.1:5599
   writelog-sync --keep-running --verify vm1 tcp://127.0.0.1:5599     a copy, or a drill: the disk stays here
   writelog-sync --key sync.key_secret --server-key replica.key --json vm1 tcp://192.0.2.7:5599
+  writelog-sync --rate 40M --max-rate 80M vm1 tcp://127.0.0.1:5599   leave room for others on the link
+  writelog-sync simulate                                             what to expect, in made-up time
 
 exit codes: 0 the replica has confirmed its copy (and taken over), 1 it has not, 2 wrong usage, 130 interrupted
 """
+
+
+def rate(text: str) -> float:
+    """An option's bytes a second."""
+    try:
+        value = size_bytes("a rate", text)
+    except WritelogError:
+        value = 0
+    if value < MIN_RATE:
+        raise argparse.ArgumentTypeError(f"{text!r} is no rate: {size_text(MIN_RATE)}/s or more, such as 40M")
+    return value
+
+
+def floor(text: str) -> float:
+    """A rate, or 0 for 'off'."""
+    return 0.0 if text == "off" else rate(text)
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -46,6 +70,12 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
                         help="break a switch-over off that takes longer (default: %(default)g s; --verify apart)")
     parser.add_argument("--patience", type=seconds, default=60.0, metavar="S",
                         help="give up when the predicted pause gets no shorter for so long (default: %(default)g)")
+    parser.add_argument("--rate", type=rate, metavar="RATE", help="send no faster, such as 40M (bytes a second)")
+    parser.add_argument("--max-rate", type=rate, metavar="RATE",
+                        help="how far --rate may be raised, if the sync would not converge otherwise")
+    parser.add_argument("--throttle-floor", type=floor, metavar="RATE",
+                        help="if it still would not, slow the guest's writes down, step by step, to this at the "
+                             "least, or 'off': never (default: half of what is sent)")
     parser.add_argument("--max-time", type=seconds, metavar="S", help="give up when it is not done after so long")
     parser.add_argument("--peer-timeout", type=some_seconds, default=10.0, metavar="S",
                         help="a replica that is silent for so long is gone (default: %(default)g s)")
@@ -59,6 +89,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--insecure", action="store_true", help="send the disk to another host without keys")
     parser.add_argument("--json", action="store_true", help="one JSON object a line: states, progress, the report")
     options = parser.parse_args(arguments)
+    if options.max_rate is not None and (options.rate is None or options.max_rate < options.rate):
+        parser.error("--max-rate goes with a lower --rate")
     if (options.key is None) != (options.server_key is None):
         parser.error("--key and --server-key go together")
     return options
@@ -70,7 +102,8 @@ def run(options: argparse.Namespace) -> int:
     keys = load_keys(options.key) if options.key else None
     server_public = load_public_key(options.server_key) if options.server_key else None
     peer = Peer(options.replica, keys, server_public, options.peer_timeout)
-    limits = Limits(options.downtime, options.patience, options.max_pause, options.max_time)
+    limits = Limits(options.downtime, options.patience, options.max_pause, options.max_time, options.rate,
+                    options.max_rate, options.throttle_floor != 0, options.throttle_floor or None)
     reporter = Reporter("json" if options.json else "tty" if sys.stdout.isatty() else "plain")
     source = None
     try:
@@ -95,7 +128,10 @@ def run(options: argparse.Namespace) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit code."""
-    options = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments and arguments[0] == "simulate":
+        return sync_simulate.main(arguments[1:])
+    options = parse_arguments(arguments)
     return run_command(lambda: run(options), "writelog-sync")
 
 

@@ -16,12 +16,13 @@ import zmq
 
 from tapcore.errors import ReplicationError, UsageError
 from writelog.sync_transport import ENDPOINT_HINT, MONITORED, Keys, monitor_events, prepare, use_curve
-from writelog.wire import Data, Message, decode, encode
+from writelog.wire import Data, Hello, Message, decode, encode
 
 MAX_UNACKED_MESSAGES: Final = 16384
 """Messages sent and not yet applied by the replica; the send queue holds as many."""
 MAX_RECEIVED: Final = 1024
 """Answers taken in one go: a replica that sends without end must not keep the sync from its other duties."""
+GREET_POLL_MS: Final = 50
 MAX_BLIND_FAILURES: Final = 3
 """Handshakes that the replica broke off without a word before it is taken for a wrong server key."""
 
@@ -68,6 +69,18 @@ class Link:
         self.socket.disable_monitor()
         self.monitor.close()
         self.socket.close()
+
+    def greet(self, hello: Hello) -> None:
+        """Send the first message. It waits for room: while a handshake is tried again there is none."""
+        while True:
+            for event, value in monitor_events(self.monitor):
+                self._on_event(event, value)
+            try:
+                self.send(hello)
+                return
+            except LinkLost:
+                self.check()
+                self.socket.poll(GREET_POLL_MS, zmq.POLLOUT)
 
     def send(self, message: Message) -> None:
         """Send a message that has no payload. LinkLost if the queue, which is long enough, is full."""

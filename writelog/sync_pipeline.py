@@ -10,14 +10,18 @@ Each portion is a lease on what it took, and is committed when the replica has a
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
 import zmq
+from bitarray import bitarray
 
+from tapcore.bucket import Bucket
 from tapcore.errors import ProtocolError, ReplicationError
+from writelog.backlog import Runs
 from writelog.client import LogClient, Response
 from writelog.sync_link import MAX_UNACKED_MESSAGES, Link
 from writelog.wire import MAX_ZERO_BYTES, Ack, Data, RunningDigest, Zero, checksum
@@ -35,7 +39,8 @@ class Portion:
 
     lease: int
     items: list[tuple[bool, int, int]]
-    first_pass: bool = False
+    chunks: Runs
+    """Where its blocks are."""
     last_seq: int = -1
     """Of its last message; -1 until that was sent."""
 
@@ -84,9 +89,16 @@ class Arena:
 
 
 class Pipeline:
-    """`durable(portion)` is called for each portion that is on the replica's disk, in order."""
+    """`durable(portion)` is called for each portion that is on the replica's disk, in order;
+    `answered(latency_s)` for extents that it has applied."""
 
-    def __init__(self, reader: LogClient, durable: Callable[[Portion], None]) -> None:
+    def __init__(self, reader: LogClient, durable: Callable[[Portion], None],
+                 answered: Callable[[float], None]) -> None:
+        self.window_bytes = 0
+        """No more than this is to be sent and not applied."""
+        self.unsent_blocks = 0
+        """How many are still to be sent for the first time, which tells the extra bytes from the others."""
+        self._unsent = bitarray(endian="little")
         self.sent_bytes = 0
         """Payload, over all connections."""
         self.zero_bytes = 0
@@ -95,7 +107,24 @@ class Pipeline:
         """Payload that the replica has applied, over all connections."""
         self._reader = reader
         self._durable = durable
+        self._answered = answered
+        self._bucket: Bucket | None = None
+        self._block_bytes = reader.granularity_bytes
         self.reset(None, 0)
+
+    def begin_pass(self, unsent: bitarray) -> None:
+        """These blocks are to be sent, a bit each; whatever is sent beyond them is extra."""
+        self._unsent = unsent
+        self.unsent_blocks = unsent.count()
+        self.first_pass_bytes = 0
+
+    def set_rate(self, rate: float | None) -> None:
+        """Send no more than `rate` bytes a second."""
+        now_s = time.monotonic()
+        if rate is None or self._bucket is None:
+            self._bucket = None if rate is None else Bucket(rate, now_s)
+        else:
+            self._bucket.set_rate(rate, now_s)
 
     def reset(self, link: Link | None, credit_bytes: int) -> None:
         """Begin anew on `link`. No read may be in flight, and nothing in zmq's hands (`settle`)."""
@@ -108,8 +137,8 @@ class Pipeline:
         self._pieces: deque[Piece] = deque()
         self._reading: dict[int, Piece] = {}
         self._sending: deque[tuple[zmq.MessageTracker | None, int]] = deque()
-        self._unacked: deque[tuple[int, int, int]] = deque()
-        """(seq, cost, payload) of what the replica has not applied."""
+        self._unacked: deque[tuple[int, int, int, float]] = deque()
+        """(seq, cost, payload, when it was sent) of what the replica has not applied."""
         self._unacked_bytes = 0
         self._portions: deque[Portion] = deque()
         """Taken and not durable."""
@@ -138,6 +167,11 @@ class Pipeline:
         return bool(self._todo and self._sending and not self._reading and not self._is_out_of_credit())
 
     @property
+    def waits_s(self) -> float:
+        """How long the rate still forbids to send more."""
+        return self._bucket.wait_s(time.monotonic()) if self._todo and self._bucket is not None else 0.0
+
+    @property
     def reads_in_flight(self) -> int:
         return len(self._reading)
 
@@ -158,7 +192,7 @@ class Pipeline:
             return
         started = False
         while self._todo and len(self._pieces) < MAX_UNACKED_MESSAGES and not self._is_out_of_credit():
-            if not self._start_next():
+            if self.waits_s or not self._start_next():
                 break
             started = True
         if started:
@@ -167,7 +201,8 @@ class Pipeline:
             self._send(self._pieces.popleft())
 
     def _is_out_of_credit(self) -> bool:
-        return self._unacked_bytes >= self._credit_bytes or len(self._unacked) >= MAX_UNACKED_MESSAGES
+        limit_bytes = min(self._credit_bytes, self.window_bytes)
+        return self._unacked_bytes >= limit_bytes or len(self._unacked) >= MAX_UNACKED_MESSAGES
 
     def _start_next(self) -> bool:
         """Start the next piece of the first item; False if there is no room to read it."""
@@ -180,6 +215,8 @@ class Pipeline:
             part = self._arena.allocate(piece_bytes) if self._reader.free_slots else None
             if part is None:
                 return False
+            if self._bucket is not None:
+                self._bucket.take(piece_bytes)
             place, cost_bytes = part
             piece = Piece(portion, offset, piece_bytes, place, cost_bytes, is_ready=False)
             self._reading[place] = piece
@@ -215,20 +252,29 @@ class Pipeline:
         if piece.checksum is None:
             message: Data | Zero = Zero(self.seq, piece.offset, piece.length)
             self._link.send(message)
+            if self._bucket is not None and piece.place >= 0:
+                self._bucket.take(-piece.length)
             self.zero_bytes += piece.length
         else:
             message = Data(self.seq, piece.offset, piece.length, piece.checksum)
             tracker = self._link.send_data(message, self._reader.data[piece.place : piece.place + piece.length])
             payload_bytes = piece.length
             self.sent_bytes += payload_bytes
-            if piece.portion.first_pass:
-                self.first_pass_bytes += payload_bytes
+        self._count_first(piece, payload_bytes)
         self.digest.add(message)
         if piece.cost_bytes:
             self._sending.append((tracker, piece.cost_bytes))
         cost_bytes = max(payload_bytes, MESSAGE_COST_BYTES)
-        self._unacked.append((self.seq, cost_bytes, payload_bytes))
+        self._unacked.append((self.seq, cost_bytes, payload_bytes, time.monotonic()))
         self._unacked_bytes += cost_bytes
+
+    def _count_first(self, piece: Piece, payload_bytes: int) -> None:
+        first, stop = piece.offset // self._block_bytes, -(-(piece.offset + piece.length) // self._block_bytes)
+        blocks = self._unsent.count(1, first, stop)
+        if blocks:
+            self.unsent_blocks -= blocks
+            self._unsent[first:stop] = 0
+            self.first_pass_bytes += min(blocks * self._block_bytes, payload_bytes)
 
     def next_seq(self) -> int:
         """A seq for a barrier."""
@@ -241,10 +287,14 @@ class Pipeline:
             raise ProtocolError(f"the replica acknowledges seq {ack.applied} and {ack.durable} of {self.seq}")
         self.applied_seq = ack.applied
         unacked = self._unacked
+        sent_s = None
         while unacked and unacked[0][0] <= ack.applied:
-            _, cost_bytes, payload_bytes = unacked.popleft()
+            _, cost_bytes, payload_bytes, when_s = unacked.popleft()
             self._unacked_bytes -= cost_bytes
             self.applied_bytes += payload_bytes
+            sent_s = when_s if payload_bytes else sent_s
+        if sent_s is not None:
+            self._answered(time.monotonic() - sent_s)
         self._commit_up_to(ack.durable)
 
     def _commit_up_to(self, durable: int) -> None:

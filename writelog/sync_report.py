@@ -33,6 +33,11 @@ class Progress:
     pause_s: float
     """What the switch-over would take now."""
     eta_s: float | None
+    best_pause_s: float | None = None
+    """What it is predicted to come down to."""
+    rate_cap: float | None = None
+    write_limit: float | None = None
+    """What the guest may write, if it is slowed down."""
 
     def __str__(self) -> str:
         text = f"sent {size_text(self.sent_bytes)}"
@@ -41,6 +46,8 @@ class Progress:
         text += f", remaining {size_text(self.remaining_bytes)}"
         if self.dirty_rate:
             text += f", the guest dirties {size_text(self.dirty_rate)}/s"
+        if self.write_limit is not None:
+            text += f" (slowed down to {size_text(self.write_limit)}/s)"
         if self.rate is None:
             return text
         return text + (", which is more than is sent" if self.eta_s is None else f", {self.eta_s:.0f} s left")

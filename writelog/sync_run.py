@@ -20,10 +20,9 @@ from typing import Final, TypeVar
 import zmq
 
 from tapcore.errors import ReplicationError, WritelogError
-from writelog.plan import Action, Limits, Outlook, decide
-from writelog.sync_gauge import Gauge
+from writelog.plan import Action, Limits
+from writelog.sync_copy import MAX_OPEN_PORTIONS, Copier
 from writelog.sync_link import Link, LinkLost, Peer
-from writelog.sync_pipeline import Pipeline, Portion
 from writelog.sync_report import CONNECTING, CONVERGING, STALLED, SWITCHING, SYNCING, Report, Reporter
 from writelog.sync_source import Source
 from writelog.wire import (
@@ -46,12 +45,6 @@ from writelog.wire import (
     Welcome,
 )
 
-PORTION_BYTES: Final = 256 << 20
-"""Dirty data taken at a time, about."""
-LOW_BYTES: Final = 8 << 20
-"""Take more when less than this is left to send."""
-MAX_OPEN_PORTIONS: Final = 8
-SAMPLE_INTERVAL_S: Final = 0.1
 POLL_S: Final = 0.05
 SWITCH_ROUND_TRIPS: Final = 2
 """Of a pause: barrier and promotion."""
@@ -105,16 +98,12 @@ class Sync:
         self._poller = zmq.Poller()
         self._link: Link | None = None
         self._is_welcome = False
-        self._pipeline = Pipeline(source.log, self._durable)
-        self._gauge = Gauge(self._pipeline)
-        self._outlook = Outlook(0.0, False, source.size_bytes, None, 0.0, 0.0, 0.0)
+        self._copier = Copier(source, limits)
+        self._planner = self._copier.planner
+        self._pipeline = self._copier.pipeline
+        self._start_s = time.monotonic()
         self._replies: dict[type[object], Message] = {}
         """The last answer of each kind that nobody has used yet."""
-        self._cursor = 0
-        self._first_pass_done = False
-        self._dirty_bytes = source.size_bytes
-        self._sampled_s = 0.0
-        self._failed_pauses = 0
         self._watch: Stopwatch | None = None
         """Of the pause, while there is one that must not take too long."""
         self._confirmed = b""
@@ -160,10 +149,10 @@ class Sync:
         self._poller = zmq.Poller()
         for pollable in (link.socket, link.monitor, self._source.log.fileno()):
             self._poller.register(pollable, zmq.POLLIN)
-        link.send(Hello(VERSION, self._session, self._source.size_bytes, self._source.name))
+        link.greet(Hello(VERSION, self._session, self._source.size_bytes, self._source.name))
         welcome = self._wait_for(Welcome, ANSWER_S)
         self._is_welcome = True
-        self._gauge.round_trip_s = SWITCH_ROUND_TRIPS * (time.monotonic() - link.opened_s)
+        self._planner.round_trip_s = SWITCH_ROUND_TRIPS * (time.monotonic() - link.opened_s)
         self._report.connections += 1
         if not welcome.resumed:
             self._start_over()
@@ -174,11 +163,7 @@ class Sync:
         if self._source.handed_over:
             raise ReplicationError("the replica was started anew and knows nothing of this session")
         self._source.fill()
-        self._gauge.start_over()
-        self._cursor = 0
-        self._first_pass_done = False
-        self._dirty_bytes = self._source.size_bytes
-        self._pipeline.first_pass_bytes = 0
+        self._copier.begin(None)
 
     def _after_loss(self, lost: LinkLost) -> None:
         """Make good for a connection that dropped; ReplicationError if it never was one."""
@@ -201,7 +186,7 @@ class Sync:
             self._take_responses()
         self._pipeline.settle(SETTLE_S)
         self._pipeline.reset(None, 0)
-        self._source.reclaim()
+        self._copier.give_back()
 
     # Moving
 
@@ -210,6 +195,8 @@ class Sync:
         pipeline = self._pipeline
         self._take_responses()
         pipeline.feed()
+        if 0 < pipeline.waits_s < wait_s:
+            wait_s = pipeline.waits_s
         if pipeline.waits_for_room:
             wait_s = min(wait_s, ROOM_POLL_S)
         self._poller.poll(max(1, int(wait_s * 1000)))
@@ -230,7 +217,7 @@ class Sync:
         assert link is not None
         for message in link.receive():
             if isinstance(message, Ack):
-                self._gauge.ack = message
+                self._copier.ack = message
                 self._pipeline.on_ack(message)
             elif isinstance(message, Refused):
                 raise ReplicationError(f"{self._peer.endpoint}: {message.message}", hint=message.hint or None)
@@ -253,8 +240,7 @@ class Sync:
         if paused_s is None and self._limits.max_time_s is None:
             return
         remaining_bytes = self._pipeline.todo_bytes + self._pipeline.unacked_bytes
-        outlook = self._outlook.with_pause(self._gauge.elapsed_s, paused_s, remaining_bytes)
-        decision = decide(outlook, self._limits)
+        decision = self._planner.decide_meanwhile(time.monotonic(), paused_s, remaining_bytes)
         if decision.action == Action.GIVE_UP:
             raise ReplicationError(decision.reason, hint=decision.hint)
         if decision.action == Action.RESUME:
@@ -280,10 +266,6 @@ class Sync:
         while not ready():
             self._pump()
 
-    def _durable(self, portion: Portion) -> None:
-        self._source.commit(portion)
-        self._gauge.committed(portion)
-
     # Copying
 
     def _converge_and_switch(self) -> Report:
@@ -295,7 +277,7 @@ class Sync:
             except PauseTooLong as reason:
                 self._watch = None
                 self._source.resume()
-                self._failed_pauses += 1
+                self._planner.failed_pauses += 1
                 self._reporter.state(CONVERGING, str(reason))
         else:
             self._promote()
@@ -303,53 +285,31 @@ class Sync:
         report.handed_over = self._source.handed_over
         report.pause_s = sum(report.pause_parts_s.values())
         report.digest = self._confirmed.hex()
-        report.elapsed_s = self._gauge.elapsed_s
+        report.elapsed_s = time.monotonic() - self._start_s
         report.sent_bytes, report.zero_bytes = pipeline.sent_bytes, pipeline.zero_bytes
         report.extra_bytes = pipeline.sent_bytes - pipeline.first_pass_bytes
         return report
 
     def _copy(self) -> None:
         """Copy while the guest writes, until the plan says that it is time to switch."""
+        copier, planner = self._copier, self._planner
         while True:
-            stalled = self._outlook.stalled_s >= STALL_TOLD_S
-            self._reporter.state(STALLED if stalled else CONVERGING if self._first_pass_done else SYNCING)
-            self._take_more()
+            stalled = planner.outlook.stalled_s >= STALL_TOLD_S
+            self._reporter.state(STALLED if stalled else CONVERGING if copier.first_pass_done else SYNCING)
+            copier.take_more()
             self._pump()
-            if time.monotonic() - self._sampled_s < SAMPLE_INTERVAL_S and not self._has_caught_up:
+            if not copier.look_is_due:
                 continue
-            outlook = self._sample()
-            decision = decide(outlook, self._limits)
+            copier.look()
+            self._reporter.progress(copier.progress())
+            decision = planner.decide()
             if decision.action == Action.SWITCH:
                 return
-            if decision.action == Action.GIVE_UP:
+            if decision.action == Action.ESCALATE:
+                copier.escalate()
+                self._reporter.state(CONVERGING, str(planner.escalation))
+            elif decision.action == Action.GIVE_UP:
                 raise ReplicationError(decision.reason, hint=decision.hint)
-
-    @property
-    def _has_caught_up(self) -> bool:
-        return self._first_pass_done and self._pipeline.is_all_sent and not self._pipeline.unacked_bytes
-
-    def _sample(self) -> Outlook:
-        self._dirty_bytes, leased_bytes = self._source.dirty_bytes()
-        self._outlook = self._gauge.sample(self._dirty_bytes, leased_bytes, self._first_pass_done,
-                                           self._failed_pauses)
-        self._sampled_s = time.monotonic()
-        self._reporter.progress(self._gauge.progress(self._outlook))
-        return self._outlook
-
-    def _take_more(self) -> None:
-        """Keep enough at hand to send. After the first pass, look at as much of the disk as may hold a portion."""
-        size_bytes = self._source.size_bytes
-        window_bytes = PORTION_BYTES
-        if self._first_pass_done:
-            window_bytes = max(window_bytes, size_bytes * PORTION_BYTES // max(self._dirty_bytes, 1))
-        while self._pipeline.todo_bytes < LOW_BYTES and self._pipeline.open_portions < MAX_OPEN_PORTIONS:
-            portion, self._cursor = self._source.take(self._cursor, window_bytes)
-            if portion is not None:
-                portion.first_pass = not self._first_pass_done
-                self._pipeline.add(portion)
-            if self._cursor == 0:
-                self._first_pass_done = True
-                break
 
     # Switching
 
@@ -386,7 +346,7 @@ class Sync:
                 portion, cursor = self._source.take(max(cursor, 0), self._source.size_bytes)
                 if portion is not None:
                     self._pump_until(lambda: self._pipeline.open_portions < MAX_OPEN_PORTIONS)
-                    self._pipeline.add(portion)
+                    self._copier.add(portion)
             self._pump_until(lambda: self._pipeline.is_all_sent)
             watch.lap("send")
             self._barrier()
@@ -405,7 +365,7 @@ class Sync:
         if reply.digest != expected:
             raise ReplicationError(f"the replica did not apply what was sent: its digest is {reply.digest.hex()}, "
                                    f"the sync's {expected.hex()}", hint="run the sync again")
-        self._pipeline.on_ack(Ack(seq, seq, self._gauge.ack.flush_ns, self._gauge.ack.flush_bytes))
+        self._pipeline.on_ack(Ack(seq, seq, self._copier.ack.flush_ns, self._copier.ack.flush_bytes))
         self._confirmed = expected
 
     def _compare_disks(self) -> None:

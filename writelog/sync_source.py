@@ -13,10 +13,13 @@ import time
 from pathlib import Path
 from typing import Any, Final
 
+from bitarray import bitarray
+
 from tapcore.control import MAX_TIME_S, ControlClient, find_disk
 from tapcore.errors import ReplicationError, UsageError, WritelogError
-from tapcore.request import STATUS_ZERO
-from writelog.client import LogClient
+from tapcore.request import OP_NAMES, STATUS_ZERO, WRITE
+from writelog.backlog import chunk_runs
+from writelog.client import LogClient, Taken
 from writelog.sync_pipeline import Portion, split
 
 MAP_MIN_BYTES: Final = 1 << 20
@@ -141,9 +144,24 @@ class Source:
         if not taken.extents:
             self.log.commit(taken.lease)
             return None, following
+        return self._portion(taken), following
+
+    def take_listed(self, ranges: list[tuple[int, int]]) -> Portion | None:
+        """What is dirty of the ranges (offset, length), as `take` does it."""
+        taken = self.log.get_listed(ranges)
+        if not taken.extents:
+            self.log.commit(taken.lease)
+            return None
+        return self._portion(taken)
+
+    def _portion(self, taken: Taken) -> Portion:
         self._leases.add(taken.lease)
         items = [item for start, size in taken.extents for item in self._items(start, size)]
-        return Portion(taken.lease, items), following
+        return Portion(taken.lease, items, chunk_runs(taken.extents))
+
+    def touched(self) -> bitarray:
+        """The chunks that were written to since the last call."""
+        return self.log.touched()
 
     def commit(self, portion: Portion) -> None:
         """The replica has the portion on its disk."""
@@ -170,6 +188,15 @@ class Source:
         return list(split(offset, length, extents))
 
     # The guest
+
+    def written_bytes(self) -> int:
+        """What the guest has written so far."""
+        stats = self._control.call("stats", disk=self.name)["disks"][self.name]
+        return int(stats["ops"][OP_NAMES[WRITE]]["bytes"])
+
+    def slow_down(self, rate: float | None) -> None:
+        """Let the guest write no more than `rate` bytes a second; None: as fast as it can."""
+        self._control.call("throttle", disk=self.name, rate=0 if rate is None else max(1, int(rate)))
 
     def pause(self, timeout_s: float) -> None:
         """Hold the guest's requests back; nothing is in flight afterwards. ControlError if that takes longer than

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from random import Random
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from tapcore.nbd.wire import NBD_CMD_WRITE, NBD_CMD_WRITE_ZEROES
 from writelog.replica import main as replica_main
 from writelog.sync_pipeline import PAGE_BYTES, Arena, split, zero_checksum
 from writelog.sync_report import Progress, Report, Reporter
+from writelog.sync_source import Source
 from writelog.sync_transport import load_authorized, load_keys
 from writelog.wire import (
     Ack,
@@ -291,6 +293,34 @@ def test_gives_up_when_it_does_not_converge(rig: Rig, script: Script, capsys: py
     assert "/s are sent" in line
 
 
+def test_a_guest_that_would_never_let_it_end_is_slowed_down_and_freed_again(
+    rig: Rig, script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits: list[float] = []
+    slow_down = Source.slow_down
+
+    def note(source: Source, rate: float | None) -> None:
+        slow_down(source, rate)
+        limits.append(rig.info()["write_limit"])
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def write() -> None:
+        with rig.guest() as guest:
+            while not limits:
+                guest.write(random.randrange(SIZE_BYTES // BLOCK_BYTES) * BLOCK_BYTES, b"x" * BLOCK_BYTES)
+
+    monkeypatch.setattr(Source, "slow_down", note)
+    random = Random(5)
+    guest = Thread(target=write, daemon=True)
+    guest.start()
+    options = ["--rate", "2M", "--throttle-floor", "256K", "--downtime", "0.05"]
+    assert rig.sync(*options, "vm1", script.endpoint) == 130
+    guest.join(10)
+    assert limits[0] >= 256 << 10
+    assert rig.guest_goes_on()
+    assert rig.info()["write_limit"] is None
+
+
 def test_breaks_long_pauses_off(rig: Rig, script: Script, capsys: pytest.CaptureFixture[str]) -> None:
     barriers: list[Barrier] = []
     script.on[Barrier] = barriers.append
@@ -376,8 +406,6 @@ def test_other_hosts_need_keys(rig: Rig, capsys: pytest.CaptureFixture[str]) -> 
 def test_a_second_sync_of_one_log_is_refused(
     rig: Rig, script: Script, image: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from writelog.sync_source import Source
-
     first = Source(rig.env.run_dir, "vm1")
     assert "another sync" in failing(rig, capsys, "vm1", script.endpoint)
     first.close()

@@ -212,3 +212,11 @@ def test_a_sync_killed_during_the_pause_lets_the_guest_go_on(pair: Pair) -> None
     code, _, err = pair.sync("--keep-running", "--downtime", "30").end()
     assert code == 0, err
     assert pair.guest.wrote_more()
+
+
+def test_a_rate_holds(pair: Pair) -> None:
+    pair.replica()
+    code, out, err = pair.sync("--rate", "24M", "--keep-running").end()
+    assert code == 0, err
+    report = json.loads(out.splitlines()[-1])
+    assert report["sent_bytes"] / report["elapsed_s"] <= 1.1 * 24 * (1 << 20)

@@ -1,0 +1,146 @@
+"""How often the chunks of a disk are written, as bitmaps: a sample costs the same however many are hot.
+
+Every chunk has a small counter. Bit k of all the counters together is one bitmap, a *plane*, so that a sample
+(what was touched since the last one) is added to all counters by a few bitwise operations, carry by carry, and
+all are halved, once in HALF_LIFE_S, by moving the planes down. The position of the highest bit that is set is the
+chunk's *class*: 0 is not written lately, each further one twice as often as the one before. 1 TiB has planes of
+2 MiB.
+
+What share of a class every sample finds touched is measured, and from that follows, as writes are independent, how
+many of its chunks will be written in the next seconds.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Final
+
+from bitarray import bitarray
+from bitarray.util import count_and, ones, zeros
+
+HALF_LIFE_S: Final = 8.0
+SAMPLE_S: Final = 0.5
+"""Between two samples, about."""
+PLANES: Final = 9
+WEIGHT_SHIFT: Final = 3
+"""A touch adds 8: it is forgotten after four half-lives. A chunk that every sample finds touched gets to 256."""
+SINGLE_CLASS: Final = WEIGHT_SHIFT + 1
+"""Of a chunk that was touched once, not long ago."""
+MAX_COUNT: Final = (1 << PLANES) - 1
+MAX_SHARE: Final = 0.98
+"""What is found touched always is written at least so often."""
+FADING: Final = 0.9
+"""What the measured shares keep from one sample to the next."""
+
+
+class Heat:
+    """The counters of `chunks` chunks. `feed` it about every SAMPLE_S."""
+
+    def __init__(self, chunks: int) -> None:
+        self.chunks = chunks
+        self._planes = [zeros(chunks, "little") for _ in range(PLANES)]
+        self._streamed = zeros(chunks, "little")
+        """Whose last touch was one of a long run."""
+        self._classes = self._sorted()
+        self._seen = [0.0] * (PLANES + 1)
+        self._found = [0.0] * (PLANES + 1)
+        """Of each class: chunks that samples saw, and found touched; older ones count less."""
+        self._fed_s: float | None = None
+        self._halved_s = 0.0
+        self._interval_s = SAMPLE_S
+
+    def feed(self, now_s: float, touched: bitarray) -> None:
+        """Add the chunks written to since the last call."""
+        if self._fed_s is None:
+            self._halved_s = now_s
+        else:
+            self._interval_s += 0.2 * (now_s - self._fed_s - self._interval_s)
+        self._fed_s = now_s
+        while now_s - self._halved_s >= HALF_LIFE_S:
+            self._halved_s += HALF_LIFE_S
+            self._halve()
+        self._measure(touched)
+        self._add(touched)
+        self._classes = self._sorted()
+
+    def _measure(self, touched: bitarray) -> None:
+        for number, mask in enumerate(self._classes):
+            self._seen[number] = FADING * self._seen[number] + mask.count()
+            self._found[number] = FADING * self._found[number] + count_and(mask, touched)
+
+    def _add(self, touched: bitarray) -> None:
+        self._streamed &= ~touched
+        self._streamed |= _long_runs(touched)
+        carry = touched.copy()
+        for plane in self._planes[WEIGHT_SHIFT:]:
+            overflow = plane & carry
+            plane ^= carry
+            carry = overflow
+            if not carry.any():
+                return
+        for plane in self._planes:
+            plane |= carry
+
+    def _halve(self) -> None:
+        lowest = self._planes.pop(0)
+        lowest.setall(0)
+        self._planes.append(lowest)
+
+    def classes(self) -> list[bitarray]:
+        """The chunks of each class, coldest first; not to be changed."""
+        return self._classes
+
+    def _sorted(self) -> list[bitarray]:
+        rest = ones(self.chunks, "little")
+        hottest_first = []
+        for plane in reversed(self._planes):
+            hottest_first.append(plane & rest)
+            rest &= ~plane
+        return [rest, *reversed(hottest_first)]
+
+    def order(self) -> list[bitarray]:
+        """The chunks in the order in which to send them. A stream that writes a range from end to end, again and
+        again, comes last to what it wrote last: there the classes of single touches are turned round."""
+        classes = self._classes
+        out = []
+        for number, mask in enumerate(classes):
+            mirror = classes[SINGLE_CLASS + 1 - number] if 0 < number <= SINGLE_CLASS else mask
+            out.append((mask & ~self._streamed) | (mirror & self._streamed))
+        return out
+
+    def rate(self, number: int) -> float:
+        """Touches a second of a chunk of a class; more than one between two samples are not seen."""
+        if not self._seen[number]:
+            return 0.0
+        share = self._found[number] / self._seen[number]
+        return -math.log1p(-min(share, MAX_SHARE)) / self._interval_s
+
+    def spread(self) -> Spread:
+        """How many chunks there are at each rate."""
+        return Spread([(mask.count(), self.rate(number)) for number, mask in enumerate(self._classes)])
+
+
+def _long_runs(touched: bitarray) -> bitarray:
+    """The bits that stand in a run of 8 or more."""
+    runs = touched.copy()
+    for step in (1, 2, 4):
+        runs &= runs >> step
+    for step in (4, 2, 1):
+        runs |= runs << step
+    return runs
+
+
+class Spread:
+    """(chunks, touches a second of each): what the near future looks like if it is like the past."""
+
+    def __init__(self, groups: list[tuple[int, float]]) -> None:
+        self._groups = [(chunks, rate) for chunks, rate in groups if chunks and rate]
+
+    @property
+    def touch_rate(self) -> float:
+        """Touches a second, of all chunks."""
+        return sum(chunks * rate for chunks, rate in self._groups)
+
+    def chunks_after(self, elapsed_s: float) -> float:
+        """How many different chunks will have been written to."""
+        return sum(chunks * -math.expm1(-rate * elapsed_s) for chunks, rate in self._groups)

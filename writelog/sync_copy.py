@@ -1,0 +1,142 @@
+"""The copying of a sync: feeds the pipeline with what is dirty, coldest first, and looks where that leads.
+
+Orders and judgements are those of `writelog.backlog` and `writelog.planner`; here are the clock and the calls.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Final
+
+from bitarray.util import ones, zeros
+
+from writelog.backlog import Backlog
+from writelog.heat import SAMPLE_S
+from writelog.plan import Limits, Outlook
+from writelog.planner import Planner, Seen
+from writelog.sync_pipeline import Pipeline, Portion
+from writelog.sync_report import Progress
+from writelog.sync_source import Source
+from writelog.wire import Ack
+
+MAX_OPEN_PORTIONS: Final = 60
+"""Of the leases that a connection may have."""
+MAX_ZERO_TAKE_BYTES: Final = 256 << 20
+"""Taken at once where all is holes."""
+NEWS_S: Final = 0.05
+"""When nothing is left to take, ask what was written no more often than this."""
+LOOK_S: Final = 0.1
+
+
+class Copier:
+    """Of one sync. `first_pass_done` once all that was dirty at the beginning was sent."""
+
+    def __init__(self, source: Source, limits: Limits) -> None:
+        self.ack = Ack(0, 0, 0, 0)
+        """The replica's last one."""
+        self.backlog = Backlog(source.size_bytes)
+        self.planner = Planner(limits, self.backlog, time.monotonic())
+        self.pipeline = Pipeline(source.log, self._durable, self.planner.window.answered)
+        self.pipeline.set_rate(limits.rate)
+        self._source = source
+        self._committed_bytes = 0
+        self._asked_s = self._looked_s = -math.inf
+        self._zero_growth = 1
+
+    def begin(self, dirty: list[tuple[int, int]] | None) -> None:
+        """What the replica lacks: the extents `dirty`, or all of the disk. Then the log has it all marked."""
+        log = self._source.log
+        blocks = -(-log.size_bytes // log.granularity_bytes)
+        self._ask()
+        if dirty is None:
+            self.backlog.add_all()
+            self.pipeline.begin_pass(ones(blocks, "little"))
+        else:
+            self.backlog.add(dirty)
+            unsent = zeros(blocks, "little")
+            for offset, length in dirty:
+                unsent[offset // log.granularity_bytes : -(-(offset + length) // log.granularity_bytes)] = 1
+            self.pipeline.begin_pass(unsent)
+        self.backlog.sort()
+        self.planner.start_over()
+
+    @property
+    def first_pass_done(self) -> bool:
+        return not self.pipeline.unsent_blocks
+
+    def add(self, portion: Portion) -> None:
+        """Send it."""
+        self.backlog.took(portion.chunks)
+        self.pipeline.add(portion)
+
+    def _durable(self, portion: Portion) -> None:
+        self._source.commit(portion)
+        self.backlog.confirmed(portion.chunks)
+        self._committed_bytes += sum(length for _, _, length in portion.items)
+
+    def give_back(self) -> None:
+        """The connection is gone: what is not confirmed is dirty again. Nothing may be on its way any more."""
+        self._source.reclaim()
+        self.backlog.give_back()
+
+    def take_more(self) -> None:
+        """Keep enough at hand to send."""
+        pipeline, backlog, planner = self.pipeline, self.backlog, self.planner
+        pipeline.window_bytes = planner.window_bytes
+        portion_bytes = planner.portion_bytes
+        while pipeline.todo_bytes < portion_bytes and pipeline.open_portions < MAX_OPEN_PORTIONS:
+            ranges = backlog.next(min(portion_bytes * self._zero_growth, MAX_ZERO_TAKE_BYTES))
+            if not ranges:
+                if time.monotonic() - self._asked_s >= NEWS_S:
+                    self._ask()
+                return
+            portion = self._source.take_listed(ranges)
+            if portion is not None:
+                self.add(portion)
+            is_data = portion is not None and not all(is_zero for is_zero, _, _ in portion.items)
+            self._zero_growth = 1 if is_data else min(2 * self._zero_growth, MAX_ZERO_TAKE_BYTES // portion_bytes)
+
+    def _ask(self) -> None:
+        """Hear from the log what was written."""
+        self._asked_s = time.monotonic()
+        self.backlog.touch(self._asked_s, self._source.touched())
+
+    @property
+    def look_is_due(self) -> bool:
+        has_caught_up = self.first_pass_done and self.pipeline.is_all_sent and not self.pipeline.unacked_bytes
+        return has_caught_up or time.monotonic() - self._looked_s >= LOOK_S
+
+    def look(self) -> Outlook:
+        """Where the sync is now."""
+        if time.monotonic() - self._asked_s >= SAMPLE_S:
+            self._ask()
+        dirty_bytes, leased_bytes = self._source.dirty_bytes()
+        pipeline = self.pipeline
+        now_s = self._looked_s = time.monotonic()
+        return self.planner.look(Seen(
+            now_s=now_s, dirty_bytes=dirty_bytes, leased_bytes=leased_bytes, todo_bytes=pipeline.todo_bytes,
+            unacked_bytes=pipeline.unacked_bytes, applied_bytes=pipeline.applied_bytes,
+            applied_seq=pipeline.applied_seq, committed_bytes=self._committed_bytes,
+            written_bytes=self._source.written_bytes(), first_pass_done=self.first_pass_done,
+            flush_s=self.ack.flush_ns / 1e9, flush_bytes=self.ack.flush_bytes))
+
+    def escalate(self) -> None:
+        """Do what the planner has decided on."""
+        self.pipeline.set_rate(self.planner.escalation.rate)
+        if self.planner.escalation.throttle is not None:
+            self._source.slow_down(self.planner.escalation.throttle)
+
+    def relax(self) -> None:
+        """Let the guest write as it likes: it would be slowed down in vain."""
+        if self.planner.escalation.throttle is not None:
+            self.planner.escalation.throttle = None
+            self._source.slow_down(None)
+
+    def progress(self) -> Progress:
+        outlook, pipeline = self.planner.outlook, self.pipeline
+        return Progress(elapsed_s=outlook.elapsed_s, sent_bytes=pipeline.sent_bytes,
+                        zero_bytes=pipeline.zero_bytes, remaining_bytes=outlook.remaining_bytes,
+                        rate=outlook.send_rate, dirty_rate=outlook.dirty_rate, pause_s=outlook.pause_s,
+                        eta_s=outlook.eta_s, best_pause_s=outlook.best_pause_s,
+                        rate_cap=self.planner.escalation.rate, write_limit=self.planner.escalation.throttle)
