@@ -33,8 +33,7 @@ from dataclasses import replace
 
 from tapcore.driver import Env, OpenFlag
 from tapcore.formats.vhd.driver import VhdDriver
-from tapcore.loop import Loop
-from tapcore.workers import Work, Workers
+from tapcore.workers import Workers
 
 
 class Vhd(VhdDriver):
@@ -45,16 +44,4 @@ class VhdSync(VhdDriver):
     name = "vhdsync"
 
     def __init__(self, env: Env, params: str, flags: OpenFlag) -> None:
-        super().__init__(replace(env, workers=NoWorkers(env.loop)), params, flags)
-
-
-class NoWorkers(Workers):
-    """Work is done when it is submitted, in the loop's thread."""
-
-    def __init__(self, loop: Loop) -> None:
-        super().__init__(loop, 0)
-        self._loop = loop
-
-    def submit(self, work: Work, done: Work) -> None:
-        work()
-        self._loop.call_soon(done)
+        super().__init__(replace(env, workers=Workers(env.loop, 0)), params, flags)

@@ -251,7 +251,7 @@ def entry(number: int, value: int) -> Callable[[Path], None]:
     (footer("current_size", 2041 << 30), "2040 GiB"),
     (footer("current_size", 6 * BLOCK), "max_table_entries 5 is too small"),
     (footer("creator_version", 1), "creator_version 0.1"),
-    (lambda path: patch(path, 0, b"v_poison"), "out of use"),
+    (lambda path: patch(path, path.stat().st_size - 512, b"v_poison"), "out of use"),
     (lambda path: patch(path, 530, b"x"), "header's checksum"),
     (header("header_version", 0x20000), "header_version"),
     (header("block_size", 0), "block_size 0"),

@@ -44,6 +44,7 @@ from tapcore.formats.vhd.layout import (
 )
 
 MAX_FAULTS: Final = 100
+OUT_OF_USE: Final = "was put out of use by XenServer: the footer's cookie is v_poison"
 
 
 def load_image(file: ImageFile) -> Image:
@@ -68,31 +69,41 @@ def load_image(file: ImageFile) -> Image:
 
 
 def _load_footer(file: ImageFile) -> Image:
-    """The footer at the end; of dynamic and differencing images there is a copy at the start."""
+    """The footer at the end; of dynamic and differencing images there is a copy at the start.
+
+    A guest must not be taken for the image: its data are at the start of a fixed image, and may be at the end of
+    another one after a crash. So a fixed image's footer is believed at the end alone, and of two different others
+    the one at the start.
+    """
     path, size = file.path, file.size_bytes
     if size < SHORT_FOOTER_BYTES:
         raise bad(path, f"has no VHD footer: it is {size} bytes long", 0)
-    found: dict[int, Footer] = {}
-    faults: dict[int, str] = {}
-    ends = [at for at in (size - FOOTER.size, size - SHORT_FOOTER_BYTES) if at >= 0]
-    for at in dict.fromkeys([*ends, 0]):
-        data = file.load(at, min(FOOTER.size, size - at), "the footer")
-        if data.startswith(DISABLED_COOKIE):
-            raise bad(path, "was put out of use by XenServer: the footer's cookie is v_poison", at)
-        try:
-            found[at] = parse_footer(path, data, at)
-        except ImageError as error:
-            faults[at] = error.message
-    for end in ends:
-        if end in found:
-            image = Image(found[end], end_bytes=end)
-            if image.footer.disk_type != FIXED and (0 not in found or found[0] != found[end]):
-                image.damages.append(f"the footer's copy at the start: {faults.get(0, 'it differs')}")
-            return image
-    if 0 in found and found[0].disk_type != FIXED:
-        return Image(found[0], end_bytes=round_up(size), damages=[f"the footer at the end: {faults[ends[0]]}"])
-    raise bad(path, faults[ends[0]], ends[0],
-              hint="a VHD ends with a footer, and unless it is fixed begins with a copy of it")
+    copy, copy_fault = _footer_at(file, 0)
+    end = size - FOOTER.size
+    last, fault = _footer_at(file, end) if end >= 0 else (None, "")
+    if last is None:
+        last, short_fault = _footer_at(file, size - SHORT_FOOTER_BYTES)
+        fault = fault or short_fault
+        end += 1 if last is not None or end < 0 else 0
+    if last is not None and (last.disk_type == FIXED or last == copy):
+        return Image(last, end_bytes=end)
+    if copy is not None and copy.disk_type != FIXED and fault != OUT_OF_USE:
+        return Image(copy, end_bytes=round_up(size),
+                     damages=[f"the footer at the end: {fault or 'differs from its copy'}"])
+    if last is not None:
+        return Image(last, end_bytes=end, damages=[f"the footer's copy at the start: {copy_fault or 'is fixed'}"])
+    raise bad(path, fault, end, hint="a VHD ends with a footer, and unless it is fixed begins with a copy of it")
+
+
+def _footer_at(file: ImageFile, at: int) -> tuple[Footer | None, str]:
+    """The footer there; or what is wrong with it."""
+    data = file.load(at, min(FOOTER.size, file.size_bytes - at), "the footer")
+    if data.startswith(DISABLED_COOKIE):
+        return None, OUT_OF_USE
+    try:
+        return parse_footer(file.path, data, at), ""
+    except ImageError as error:
+        return None, error.message
 
 
 def _load_batmap_header(file: ImageFile, image: Image, header: Header) -> None:

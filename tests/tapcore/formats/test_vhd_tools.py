@@ -28,7 +28,7 @@ from tapcore.errors import ChainError, ImageError, UsageError
 from tapcore.formats.imagefile import ImageFile
 from tapcore.formats.tools import Backing, find_tools
 from tapcore.formats.vhd.create import create
-from tapcore.formats.vhd.layout import Footer, batmap_header_at, geometry
+from tapcore.formats.vhd.layout import DIFFERENCING, Footer, batmap_header_at, geometry
 from tapcore.formats.vhd.tools import VhdTools, set_hidden
 
 SIZE = 4 * BLOCK
@@ -127,7 +127,7 @@ def spoil_end(path: Path) -> None:
 
 @pytest.mark.parametrize(("spoil", "what"), [
     (lose_end, "the footer at the end"), (spoil_end, "the footer at the end"), (lose_start, "copy at the start"),
-    (change_start, "copy at the start: it differs")])
+    (change_start, "the footer at the end: differs from its copy")])
 def test_a_footer_is_taken_from_its_copy(
     env: Env, image: Path, spoil: Callable[[Path], None], what: str
 ) -> None:
@@ -146,6 +146,25 @@ def test_a_footer_is_taken_from_its_copy(
     assert VhdTools.check(str(image), repair=True).repaired >= 1
     assert VhdTools.check(str(image)).messages == []
     assert disk_of(env, image)[: 3 * BLOCK] == DATA
+
+
+def test_a_guest_is_not_taken_for_the_image(env: Env, image: Path) -> None:
+    """It may write a footer to the start of a fixed image, and into a block that a crash leaves at the end."""
+    fixed = image.with_name("fixed.vhd")
+    create(str(fixed), SIZE, variant="fixed")
+    fill(env, fixed, image.read_bytes()[: 2 * BLOCK])
+    assert VhdTools.describe(str(fixed))["variant"] == "fixed" and VhdTools.check(str(fixed)).messages == []
+    assert disk_of(env, fixed)[: 2 * BLOCK] == image.read_bytes()[: 2 * BLOCK]
+    fill(env, fixed, b"v_poison")
+    assert disk_of(env, fixed)[:8] == b"v_poison"
+    forged = footer_of(image)
+    forged.disk_type, forged.unique_id, forged.data_offset = DIFFERENCING, b"g" * 16, 8192
+    with image.open("ab") as file:
+        file.write(bytes(3584) + forged.pack())
+    report = VhdTools.check(str(image))
+    assert report.messages[0] == "the footer at the end: differs from its copy"
+    assert disk_of(env, image, OpenFlag.NONE)[: 3 * BLOCK] == DATA
+    assert VhdTools.check(str(image)).errors == 0
 
 
 @pytest.mark.parametrize("variant", ["fixed", "dynamic"])
