@@ -8,9 +8,9 @@ A block comes to lie where the footer was: until the commit the copy at the star
 this order the BAT points at no block whose bitmap is not there, no bit is set for data that is not there, and the
 batmap calls no block full that is not: at worst blocks at the end of the file are leaked.
 
-A block stays where it is. Discarded sectors are holes in the file, and absent if nothing shows through then; QEMU
-does not look at the bits, so that without a parent what is absent is always zero in the file, too. What becomes
-full gets into the batmap when the image is closed.
+A block stays where it is. Discarded sectors are holes in the file, and absent if nothing shows through then: QEMU
+does not look at the bits, so without a parent what is absent has to be zero in the file, too. What becomes full
+gets into the batmap when the image is closed.
 """
 
 from __future__ import annotations

@@ -80,6 +80,8 @@ class VhdDriver(WritableDriver):
             if faults:
                 raise ImageError(faults[0], errno=errno.EINVAL, path=file.path, offset=image.header.table_offset,
                                  hint="look at it with td-img check; it can be opened read-only")
+            if image.footer.disk_type == DIFFERENCING:
+                find_parent(file.path, file, image, self.name)  # what is refused for its parent is not repaired
             repair_copies(file, image, full)
         mapping = Mapping(image.header, table, full, image.end_bytes)
         self.start_reading(file, mapping)

@@ -207,3 +207,12 @@ def test_paths_of_other_systems() -> None:
     assert candidates("..\\c.vhd") == ["../c.vhd"]
     assert candidates("/a/c.vhd") == ["/a/c.vhd"]
     assert candidates("") == candidates("C:\\") == candidates("a\\..") == []
+
+
+def test_what_is_refused_for_its_parent_is_not_repaired(env: Env, child: Path, tmp_path: Path) -> None:
+    (tmp_path / "base.vhd").unlink()
+    child.write_bytes(child.read_bytes()[:-512])
+    before = child.read_bytes()
+    with pytest.raises(ChainError, match="parent is not there"):
+        open_chain(env, f"vhd:{child}")
+    assert child.read_bytes() == before
