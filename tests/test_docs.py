@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import random
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+from contract.runner import Runner
+from formats_model import History, drive
+from recording import SECTOR, Journal, RecordingFile
 from support import Manual, Owner
 
-from tapcore.driver import Driver, Env
+from tapcore.driver import Driver, Env, OpenFlag
 from tapcore.errors import ChainError
 from tapcore.request import READ, WRITE, ZEROES
 from tapcore.vbd import Vbd
@@ -42,6 +47,35 @@ def test_the_driver_in_write_a_driver_works(env: Env, early: bool) -> None:
     finally:
         del Driver.registry["xor"]
         Manual.opened.clear()
+
+
+def test_the_format_in_write_a_format_works_and_survives_crashes(env: Env, tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "write-a-format.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert code.count("\n") <= 110
+    names: dict[str, Any] = {"__name__": "slots"}
+    exec(compile(code, "write-a-format.md", "exec"), names)
+    names["Slots"].file_kind = RecordingFile
+    RecordingFile.journal = journal = Journal()
+    path, size = tmp_path / "a", 4 * 65536 + 512
+    path.write_bytes(names["HEADER"].pack(magic=b"SLOTS v1", size=size))
+    try:
+        before = path.read_bytes()
+        runner = Runner(env, f"slots:{path}")
+        history = History(bytearray(size), [(0, bytes(size))])
+        drive(runner, journal, history, random.Random(1), 80)
+        runner.close()
+        for cut in range(0, len(journal.entries) + 1, 3):
+            path.write_bytes(journal.crash(before, cut, random.Random(cut)))
+            runner = Runner(env, f"slots:{path}", OpenFlag.RDONLY)
+            disk, allowed = runner.read(0, size), history.allowed(cut)
+            assert all(disk[at : at + SECTOR] in allowed[at // SECTOR] for at in range(0, size, SECTOR)), cut
+            runner.close()
+        path.write_bytes(b"SLOTS v2")
+        with pytest.raises(ChainError, match="no slots image"):
+            Runner(env, f"slots:{path}")
+    finally:
+        del Driver.registry["slots"]
 
 
 DOCUMENTS = ["README.md", "ARCHITECTURE.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]

@@ -75,6 +75,8 @@ class ImageTools:
     """What qemu-img calls the format."""
     options: ClassVar[Mapping[str, str]] = {}
     """Options of `create`, and what each means, its default included."""
+    file_options: ClassVar[tuple[str, ...]] = ()
+    """Those that name further files, which `create` makes: relative to the image's folder, or absolute."""
     registry: ClassVar[dict[str, type[ImageTools]]] = {}
 
     def __init_subclass__(cls) -> None:

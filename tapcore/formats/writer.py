@@ -90,6 +90,7 @@ class Writer(ABC):
 
     A table maps `table_bytes` of the disk, `tables` caches them. All of these sizes are powers of two. No hook
     does I/O or is called in another thread than the loop's; those that may raise TableMiss are called again later.
+    An ImageError with ENOSPC says that the image cannot grow: that is no damage, the request alone fails with it.
     """
 
     def __init__(
@@ -182,7 +183,8 @@ class Writer(ABC):
             driver.load(miss, resume)
             return False
         except ImageError as error:
-            return driver.complain(request, error)
+            full = error.errno == errno.ENOSPC
+            return fail(request, errno.ENOSPC) if full else driver.complain(request, error)
         except MustWriteError:
             request.op, request.iov = WRITE, zero_views(request.length)
             return self.zero_by_writing(request)
@@ -238,6 +240,8 @@ class Writer(ABC):
             self.driver.load(miss, partial(self._begin_again, change))
             return False
         except ImageError as error:
+            if error.errno == errno.ENOSPC:
+                return self._end(change, errno.ENOSPC)
             self.driver.distrust(error)
             return self._end(change, errno.EIO)
         return self._copy_edges(change) if is_write else self._zero_in_place(change)

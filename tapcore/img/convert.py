@@ -42,6 +42,10 @@ def convert_to_new(
 ) -> Result:
     """Make `path`, an image with the content of `source`. It is there when it is whole, and else not."""
     started_s = time.monotonic()
+    for name in tools.file_options:
+        if "/" in options.get(name, ""):
+            raise UsageError(f"{name} {options[name]!r} is not beside the image, where the new files are made",
+                             hint="make an empty image with td-img create, then convert --existing")
     chain = session.open(source.chain, OpenFlag.RDONLY)
     size_bytes = chain.info.size_bytes
     with new_file(path, replace=replace) as place:

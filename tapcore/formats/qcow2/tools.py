@@ -33,6 +33,8 @@ class Qcow2Tools(ImageTools):
         "compression": "zlib or zstd, of clusters that are written compressed (zlib)",
     }
 
+    file_options = ("data_file",)
+
     @classmethod
     def create(
         cls, path: str, size_bytes: int, *, backing: Backing | None = None,

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 ALIGN_BYTES = 4096
 """Of the data of new blocks, as XenServer has it."""
+MAX_FILE_BYTES = UNUSED * SECTOR_BYTES
+"""A BAT entry has 32 bits for a sector, and one number says that there is none."""
 KEEP, PRESENT, ABSENT = range(3)
 """What `map` does to the bits of a unit's sectors."""
 
@@ -79,6 +81,7 @@ class VhdWriter(Writer):
         if host is None:
             if request.op == DISCARD or not shows_backing:
                 return None
+            self._check_room()
             return Unit(guest, first, last, entry=PRESENT)
         if shows_backing and request.op != DISCARD:
             return Unit(guest, first, last, host, entry=PRESENT)
@@ -102,13 +105,17 @@ class VhdWriter(Writer):
         """The place of a block, which reads as zeroes."""
         if self._free:
             return self._free.pop()
+        self._check_room()
         bitmap_bytes = self.mapping.bitmap_bytes
         place = round_up(self.end + bitmap_bytes, ALIGN_BYTES) - bitmap_bytes
-        if place // SECTOR_BYTES >= UNUSED:
-            raise ImageError("the file is as long as a VHD can be", errno=errno.EFBIG, offset=place)
         self.end = place + self.mapping.header.stride_bytes
         self.mapping.grow_to(self.end)
         return place
+
+    def _check_room(self) -> None:
+        """ImageError if there is none for another block."""
+        if not self._free and self.end > MAX_FILE_BYTES - ALIGN_BYTES:
+            raise ImageError("the file is as long as a VHD can be", errno=errno.ENOSPC)
 
     def give_up(self, unit: Unit) -> None:
         self.durable.drop([unit.host - self.mapping.bitmap_bytes])

@@ -17,7 +17,7 @@ from vhd_images import BLOCK, fill, first_block, make_overlay
 from tapcore.driver import Driver, Env, OpenFlag
 from tapcore.drivers.vhd import Vhd, VhdSync
 from tapcore.formats.extents import DATA, HOLE
-from tapcore.formats.vhd import mapping
+from tapcore.formats.vhd import changes, mapping
 from tapcore.formats.vhd.check import check
 from tapcore.formats.vhd.create import create
 from tapcore.request import BACKGROUND, DISCARD, WRITE, Request
@@ -219,6 +219,28 @@ def test_a_failed_write_leaves_the_disk_as_it_was(
     assert runner.flush() == 0
     runner.close()
     assert check(str(path)).errors == 0
+
+
+def test_a_file_that_can_grow_no_more_is_full_and_not_damaged(
+    env: Env, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.vhd"
+    (tmp_path / "base.raw").write_bytes(b"b" * SIZE)
+    make_overlay(path, SIZE, "base.raw", "aio")
+    runner = Runner(env, f"vhd:{path}")
+    assert runner.write(0, b"x" * 512) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(changes, "MAX_FILE_BYTES", path.stat().st_size)
+        assert runner.write(BLOCK, b"y" * 100) == errno.ENOSPC
+        assert runner.write(BLOCK - 512, b"y" * 1024) == errno.ENOSPC, "nor a part of it"
+        assert runner.zeroes(BLOCK, BLOCK) == errno.ENOSPC
+        assert runner.write(1024, b"x" * 512) == 0, "where there is a block"
+        assert runner.flush() == 0
+    assert runner.read(BLOCK - 512, 1024) == b"b" * 1024
+    assert runner.write(BLOCK, b"y" * 100) == 0
+    runner.close()
+    report = check(str(path))
+    assert (report.errors, report.leaks) == (0, 0)
 
 
 def test_a_failed_flush_is_said_and_the_next_one_writes_all(
