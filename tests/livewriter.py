@@ -7,6 +7,7 @@ import threading
 
 from tapcore.nbd.client import NbdClient
 
+SECTOR = 512
 CHOICES = ("write", "write", "write", "zeroes", "trim", "read", "flush")
 
 
@@ -29,6 +30,8 @@ class LiveWriter:
         self.disk = bytearray(disk)
         self.flushed = bytes(disk)
         """What was there at the last flush."""
+        self.since: list[tuple[int, bytes]] = []
+        """(offset, data) of what was to be written since then."""
         self.requests = 0
         self.failure: Exception | None = None
         self._rng = random.Random(seed)
@@ -55,8 +58,10 @@ class LiveWriter:
         offset = rng.randrange(len(disk) // 512) * 512
         length = min(rng.choice((512, 4096, 65536, 70144)), len(disk) - offset)
         kind = rng.choice(self._choices)
+        data = rng.randbytes(length) if kind == "write" else bytes(length)
+        if kind in ("write", "zeroes", "trim"):
+            self.since.append((offset, data))
         if kind == "write":
-            data = rng.randbytes(length)
             client.write(offset, data, fua=rng.random() < 0.1)
             disk[offset : offset + length] = data
         elif kind == "zeroes":
@@ -69,7 +74,7 @@ class LiveWriter:
             assert client.read(offset, length) == disk[offset : offset + length], f"{length} bytes at {offset}"
         else:
             client.flush()
-            self.flushed = bytes(disk)
+            self.flushed, self.since = bytes(disk), []
 
     def wait(self, requests: int, timeout_s: float = 60) -> None:
         """Until so many more requests are done."""
@@ -90,7 +95,17 @@ class LiveWriter:
         return bytes(self.disk)
 
     def abandon(self) -> None:
-        """The server is dead."""
-        self._stopping.set()
+        """The server is dead, or soon will be."""
         self._thread.join(60)
+        assert not self._thread.is_alive() and self.failure is not None
         self.client.close()
+
+    def may_hold(self, disk: bytes) -> bool:
+        """May the disk hold that after a crash: what was flushed, or what was written later?"""
+        for at in range(0, len(disk), SECTOR):
+            found = disk[at : at + SECTOR]
+            if found != self.flushed[at : at + SECTOR] and not any(
+                    found == data[at - offset : at - offset + SECTOR] for offset, data in self.since
+                    if offset <= at < offset + len(data)):
+                return False
+        return True

@@ -16,6 +16,7 @@ from tapcore.nbd.client import NbdClient
 from writelog.shm import SHM_DIR, bitmap_name
 
 START_TIMEOUT_S = 20
+KILLED_AT = Path(__file__).with_name("killed_at.py")
 
 
 def read_line(process: subprocess.Popen[bytes], timeout_s: float = START_TIMEOUT_S) -> str:
@@ -44,11 +45,13 @@ def forget_logs(run_dir: Path) -> None:
 class Tapdisk:
     """One `tapdisk` process, ready. `chain` is its first argument; `uri` its first disk's."""
 
-    def __init__(self, run_dir: Path, chain: str, *arguments: str) -> None:
+    def __init__(self, run_dir: Path, chain: str, *arguments: str, killed_at: str | None = None) -> None:
+        """With `killed_at` it is killed at a place in the code: see killed_at.py."""
         self.chain = chain
         self.run_dir = run_dir
+        program = ["-m", "tapcore.tapdisk"] if killed_at is None else ["-P", str(KILLED_AT), killed_at]
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tapcore.tapdisk", "--run-dir", str(run_dir), *arguments, chain],
+            [sys.executable, *program, "--run-dir", str(run_dir), *arguments, chain],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         line = read_line(self.process)
         self.uri = line.split()[-1]

@@ -146,6 +146,6 @@ def test_a_step_that_fails_leaves_the_disk_on_its_image(
         guest.wait(20)
         guest.stop()
     else:
-        guest.abandon()
+        guest.client.close()
     rig.close()
     forget(env.run_dir, "failing")
