@@ -108,6 +108,8 @@ class CopyJob(Job):
             stop = min(end, (offset // WINDOW_BYTES + 1) * WINDOW_BYTES)
             if stop < end:
                 self._found.appendleft((stop, end))
+            if self._bucket is not None:
+                self._bucket.take(stop - offset)
             self._windows += 1
             self.gate.lock(offset, stop - offset, self._locked)
         if self._is_looking or self._windows:
@@ -170,8 +172,6 @@ class CopyJob(Job):
         read.takes_zero = True
         yield asking(self.source, read)
         self.copied_bytes += length
-        if self._bucket is not None:
-            self._bucket.take(length)
         if read.flags & IS_ZERO or data == _NOTHING[:length]:
             yield asking(self.target, Request(ZEROES, offset, length, flags=BACKGROUND))
         else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import select
 import subprocess
 import sys
@@ -247,3 +248,23 @@ def test_a_table_on_a_terminal(ctl: TapCtl, serve: Serve) -> None:
     _, error = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 0, error
     assert b"vm1" in output and b"\x1b[1m" in output and b"1 MiB" in output
+
+
+def test_snapshot_commit_stream_and_jobs(ctl: TapCtl, serve: Serve, image: Path, tmp_path: Path) -> None:
+    serve(f"log:|aio:{image}", "--name", "vm")
+    top = tmp_path / "top.qcow2"
+    assert ctl("jobs").split() == ["DISK", "JOB", "STATE", "SEEN", "COPIED", "SECONDS", "PAUSE", "ms", "PHASE"]
+    chain = f"log:disk.img|qcow2:{top}"
+    assert re.fullmatch(rf"vm was paused for [\d.]+ ms; its chain is {re.escape(chain)}\n",
+                        ctl("snapshot", "vm", str(top), "--option", "cluster_size=4K"))
+    assert ctl("commit", "vm", "--rate", "100M").endswith(f"its chain is log:disk.img|aio:{image}\n")
+    job = ctl.json("jobs", "vm")["jobs"][0]
+    assert job["kind"] == "commit" and job["state"] == "done" and job["emptied"] == str(top)
+    assert ctl("jobs").splitlines()[1].split()[:4] == ["vm", "commit", "done", "100"]
+    assert "the image is in use" not in ctl.fails("snapshot", "vm", str(top))
+    top.unlink()
+    assert ctl.json("snapshot", "vm", str(top))["overlay"] == str(top)
+    assert ctl.json("stream", "vm")["chain"] == chain
+    assert "no parent to be copied from" in ctl.fails("stream", "vm")
+    assert "has no job" in ctl.fails("cancel", "vm")
+    assert "is not a size" in ctl.fails("stream", "vm", "--rate", "fast", code=2)
