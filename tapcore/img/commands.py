@@ -192,8 +192,7 @@ def compare(options: argparse.Namespace) -> int:
         sizes = [disk.driver.info.size_bytes for disk in disks]
         comparison = comparing.Comparison(session, disks[0], disks[1], progress)
         if progress.is_on:
-            progress.start(sum(converting.count_data(session, lambda walk=walk: walk)  # type: ignore[misc]
-                               for walk in comparison.walks()))
+            progress.start(sum(converting.count_data(session, walk) for walk in comparison.walks()))
         offset = None if options.strict and sizes[0] != sizes[1] else comparison.run()
     if offset is None:
         about: dict[str, Any] = {"equal": False, "offset": None}
@@ -282,9 +281,14 @@ def _descriptor(path: str, flags: int) -> Iterator[int]:
     if path == STDIO:
         yield (sys.stdout if flags & os.O_WRONLY else sys.stdin).fileno()
         return
+    is_new = not os.path.lexists(path)
     fd = os.open(path, flags | os.O_CLOEXEC, 0o666)
     try:
         yield fd
+    except BaseException:
+        if is_new:
+            Path(path).unlink()
+        raise
     finally:
         os.close(fd)
 

@@ -15,7 +15,9 @@ NOWHERE: Final = -1
 
 def first_difference(one: memoryview, other: memoryview) -> int:
     """The index of the first byte that differs; NOWHERE if none does. They are of one length."""
-    if bytearray(one) == other:
+    # A bytearray compares itself by memcmp, memoryviews byte by byte.
+    whole = one.obj
+    if (whole if isinstance(whole, bytearray) and len(whole) == len(one) else bytearray(one)) == other:
         return NOWHERE
     start, stop = 0, len(one)
     while stop - start > 1:
@@ -62,7 +64,7 @@ class Comparison:
         self.offset = offset if self.offset == NOWHERE else min(self.offset, offset)
 
     def _compare_pieces(self, walk: Walk) -> Task:
-        mine, theirs = new_buffer(PIECE_BYTES), new_buffer(PIECE_BYTES)
+        mine, theirs = memoryview(bytearray(PIECE_BYTES)), new_buffer(PIECE_BYTES)
         while (piece := (yield from walk.next())) is not None and not self._is_late(piece):
             offset, length, kind = piece
             if kind != DATA:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import stat
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,7 +100,7 @@ def _copy_all(
         return Walk(session, source.head, str(source_image), granule_bytes=granule_bytes,
                     piece_bytes=piece_of(granule_bytes))
 
-    progress.start(count_data(session, walk) if progress.is_on else 0)
+    progress.start(count_data(session, walk()) if progress.is_on else 0)
     copy(session, Disk(source.head, str(source_image)), Disk(target.head, target_name), walk(), progress,
          granule_bytes=granule_bytes, reads_zero=reads_zero)
 
@@ -109,20 +109,20 @@ def _pack_all(session: Session, source: Chain, image: Image, packer: Packer, pro
     def walk() -> Walk:
         return Walk(session, source.head, str(image), granule_bytes=MIN_GRANULE_BYTES)
 
-    progress.start(count_data(session, walk) if progress.is_on else 0)
+    progress.start(count_data(session, walk()) if progress.is_on else 0)
     for offset, data in read_in_order(session, Disk(source.head, str(image)), walk()):
         packer.write(offset, data)
         progress.advance(len(data))
 
 
-def count_data(session: Session, walk: Callable[[], Walk]) -> int:
+def count_data(session: Session, walk: Walk) -> int:
     """The bytes of the DATA pieces of a walk: what progress is measured by."""
     total_bytes = 0
 
-    def task(pieces: Walk) -> Task:
+    def task() -> Task:
         nonlocal total_bytes
-        while (piece := (yield from pieces.next())) is not None:
+        while (piece := (yield from walk.next())) is not None:
             total_bytes += piece.length if piece.kind == DATA else 0
 
-    session.run([task(walk())])
+    session.run([task()])
     return total_bytes

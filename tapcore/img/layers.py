@@ -107,7 +107,7 @@ def commit(session: Session, overlay: Image, progress: Progress) -> Committed:
     def walk() -> Walk:
         return Walk(session, chain.head, str(overlay), kind_of=own_parts)
 
-    progress.start(count_data(session, walk) if progress.is_on else 0)
+    progress.start(count_data(session, walk()) if progress.is_on else 0)
     copy(session, Disk(chain.head, str(overlay)), Disk(into.head, str(backing)), walk(), progress,
          granule_bytes=granule_of(into.info))
     session.close(into)
@@ -179,7 +179,7 @@ class _Rebasing:
         size_bytes = self._target.driver.info.size_bytes
         backing_bytes = min(backing_bytes, size_bytes)
         if self._progress.is_on:
-            self._progress.start(count_data(self._session, lambda: self._walk(0, backing_bytes, _shows_below)))
+            self._progress.start(count_data(self._session, self._walk(0, backing_bytes, _shows_below)))
         for walk in (self._walk(0, backing_bytes, _shows_below),
                      self._walk(backing_bytes, size_bytes, _may_show_below)):
             self._session.run(self._task(walk) for _ in range(TASKS))
@@ -189,7 +189,7 @@ class _Rebasing:
                     granule_bytes=self._granule_bytes, kind_of=kind_of)
 
     def _task(self, walk: Walk) -> Task:
-        mine, theirs = new_buffer(PIECE_BYTES), new_buffer(PIECE_BYTES)
+        mine, theirs = memoryview(bytearray(PIECE_BYTES)), new_buffer(PIECE_BYTES)
         while (piece := (yield from walk.next())) is not None:
             if piece.kind == SKIP:
                 continue
