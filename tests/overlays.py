@@ -74,7 +74,7 @@ def overlay(
 ) -> Disk:
     path = under.path.parent / name
     find_tools(kind).create(str(path), size, backing=Backing(under.path.name, under.driver),
-                            options=SMALL_UNITS[kind] | options)
+                            options=SMALL_UNITS.get(kind, {}) | options)
     return scribble(env, Disk(path, kind, under.content[:size].ljust(size, b"\0")), rng, 12)
 
 

@@ -142,3 +142,17 @@ def test_tapdisk_stream_and_diff() -> None:
     assert run(legacy.tapdisk_diff, "-n", "a.vhd", "-m", "a.img", status=1) == "mismatch at sector 2048\n"
     os.truncate("a.img", 2 * MIB)
     assert "sizes differ" in run(legacy.tapdisk_diff, "-n", "a.vhd", "-m", "a.img", status=1)
+
+
+def test_qcow_tools() -> None:
+    data = Random(3).randbytes(MIB)
+    Path("a.img").write_bytes(data)
+    run(legacy.img2qcow, "a.qcow", "a.img")
+    assert qemu_size("a.qcow", "qcow") == MIB
+    subprocess.run(["qemu-img", "compare", "a.qcow", "a.img"], timeout=30, check=True, capture_output=True)
+    run(legacy.qcow2raw, "back.img", "a.qcow")
+    assert Path("back.img").read_bytes() == data
+    Path("sub").mkdir()
+    run(legacy.qcow_create, "2", "sub/over.qcow", "a.img")
+    assert qemu_size("sub/over.qcow", "qcow") == 2 * MIB
+    assert content("sub/over.qcow", "qcow") == data + bytes(MIB)

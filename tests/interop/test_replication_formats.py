@@ -22,7 +22,7 @@ from tapcore.nbd.client import NbdClient, NbdError
 
 SIZE = 4 << 20
 BLOCK = 4096
-FORMATS = {"raw": "raw", "qcow2": "qcow2", "vhd": "vpc", "vmdk": "vmdk"}
+FORMATS = {"raw": "raw", "qcow": "qcow", "qcow2": "qcow2", "vhd": "vpc", "vmdk": "vmdk"}
 """Ours, and qemu-img's names of them."""
 CHECKED = ("qcow2", "vmdk")
 

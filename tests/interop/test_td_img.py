@@ -21,7 +21,7 @@ from support import need
 from tapcore.img.cli import main
 
 SIZE = 8 << 20
-FORMATS = {"raw": "raw", "qcow2": "qcow2", "vhd": "vpc", "vmdk": "vmdk"}
+FORMATS = {"raw": "raw", "qcow": "qcow", "qcow2": "qcow2", "vhd": "vpc", "vmdk": "vmdk"}
 CHECKED = ("qcow2", "vmdk")
 """Ours, and qemu-img's names of them; and those that qemu-img can check."""
 

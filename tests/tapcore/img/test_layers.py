@@ -22,7 +22,8 @@ from tapcore.request import STATUS, Request
 @pytest.mark.parametrize(("top_kind", "kind", "base_bytes"), [
     ("qcow2", "raw", SIZE), ("qcow2", "raw", SIZE // 2 + 512), ("qcow2", "raw", 2 * SIZE),
     ("qcow2", "qcow2", SIZE // 2), ("qcow2", "qcow2", 2 * SIZE), ("qcow2", "vhd", SIZE // 2),
-    ("qcow2", "vmdk", SIZE), ("vhd", "vhd", SIZE), ("vhd", "raw", SIZE), ("vmdk", "vmdk", SIZE)])
+    ("qcow2", "vmdk", SIZE), ("vhd", "vhd", SIZE), ("vhd", "raw", SIZE), ("vmdk", "vmdk", SIZE),
+    ("qcow", "raw", SIZE // 2), ("qcow", "qcow", SIZE)])
 def test_commit(
     env: Env, tmp_path: Path, caplog: pytest.LogCaptureFixture, top_kind: str, kind: str, base_bytes: int
 ) -> None:

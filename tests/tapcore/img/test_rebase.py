@@ -52,6 +52,21 @@ def test_a_rebase_onto_the_same_content_copies_nothing(env: Env, tmp_path: Path)
     assert done.copied_bytes == 0 and shows(env, top) == top.content
 
 
+@pytest.mark.parametrize(("kind", "base_kind", "target_kind"), [
+    ("qcow", "raw", "qcow2"), ("vhd", "vhd", "raw"), ("vhd", "raw", "vhd"), ("vmdk", "vmdk", "vmdk")])
+def test_rebase_of_the_other_formats(
+    env: Env, tmp_path: Path, kind: str, base_kind: str, target_kind: str
+) -> None:
+    rng = Random(kind)
+    top = overlay(env, base(env, tmp_path, "old", base_kind, rng), "top", rng, kind=kind)
+    target = base(env, tmp_path, "new", target_kind, rng)
+    with Session() as session:
+        layers.rebase(session, top.image, Backing("new", target.driver), target.image, Progress())
+    (tmp_path / "old").unlink()
+    assert shows(env, top) == top.content
+    assert not top.image.tools.check(str(top.path)).errors
+
+
 @pytest.mark.parametrize("at", [0, 2, 6])
 def test_a_rebase_that_is_cut_off_changes_nothing(env: Env, tmp_path: Path, at: int) -> None:
     rng = Random(at)
