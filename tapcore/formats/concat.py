@@ -14,6 +14,8 @@ from tapcore.driver import VERBS, Driver, Env, OpenFlag
 from tapcore.formats.reader import join_extents
 from tapcore.request import FLUSH, IS_ZERO, STATUS, Request, slice_iov
 
+Verb = Callable[[Request], bool]
+
 
 class Window(Driver):
     """The `length` bytes of `lower` from `start` on. `close` closes `lower`."""
@@ -40,7 +42,7 @@ class Window(Driver):
         self._lower.close()
 
 
-def _queue_elsewhere(verb: Callable[[Request], bool], request: Request, offset: int) -> bool:
+def _queue_elsewhere(verb: Verb, request: Request, offset: int) -> bool:
     """Let `verb` do the same at another offset."""
     part = Request(request.op, offset, request.length, request.iov, request.flags)
     part.takes_zero = request.takes_zero
@@ -95,6 +97,7 @@ class Concat(Driver):
         self.starts = list(accumulate((part.info.size_bytes for part in parts), initial=0))
         """Where each begins, and where the last one ends."""
         self._verbs = [[getattr(part, verb) for verb in VERBS] for part in parts]
+        self._own_verbs = [[getattr(part, "queue_own_status", part.queue_status)] * len(VERBS) for part in parts]
         self._queued: set[int] = set()
         features = parts[0].info.features
         for part in parts:
@@ -105,14 +108,21 @@ class Concat(Driver):
             read_only=any(part.info.read_only for part in parts))
 
     def _queue(self, request: Request) -> bool:
+        return self._queue_on(self._verbs, request)
+
+    def queue_own_status(self, request: Request) -> bool:
+        """As `ImageDriver` has it: without what the parts' parents have."""
+        return self._queue_on(self._own_verbs, request)
+
+    def _queue_on(self, verbs: Sequence[Sequence[Verb]], request: Request) -> bool:
         starts = self.starts
         first = bisect_right(starts, request.offset) - 1
         self._queued.add(first)
         end = request.offset + request.length
         if end <= starts[first + 1]:
-            verb = self._verbs[first][request.op]
+            verb = verbs[first][request.op]
             if not first:
-                return bool(verb(request))
+                return verb(request)
             return _queue_elsewhere(verb, request, request.offset - starts[first])
         joint = _Joint(request)
         offset = request.offset
@@ -120,7 +130,7 @@ class Concat(Driver):
             stop = min(end, starts[first + 1])
             iov = request.iov and slice_iov(request.iov, offset - request.offset, stop - offset)
             part = Request(request.op, offset - starts[first], stop - offset, iov, request.flags)
-            self._start(joint, first, part)
+            self._start(joint, first, verbs[first][request.op], part)
             offset = stop
             first += 1
         return joint.landed(0)
@@ -130,15 +140,15 @@ class Concat(Driver):
     def queue_flush(self, request: Request) -> bool:
         joint = _Joint(request)
         for number in range(len(self.parts)):
-            self._start(joint, number, Request(FLUSH, flags=request.flags))
+            self._start(joint, number, self._verbs[number][FLUSH], Request(FLUSH, flags=request.flags))
         return joint.landed(0)
 
-    def _start(self, joint: _Joint, number: int, part: Request) -> None:
+    def _start(self, joint: _Joint, number: int, verb: Verb, part: Request) -> None:
         self._queued.add(number)
         part.done = joint.arrived
         joint.parts.append(part)
         joint.pending += 1
-        if self._verbs[number][part.op](part):
+        if verb(part):
             joint.landed(part.error)
 
     def submit(self) -> None:

@@ -73,8 +73,12 @@ class Commit(CopyJob):
     def _check(self) -> ImageDriver:
         """ControlError if it cannot be done."""
         top = self.chain.leaf
-        if not isinstance(top, ImageDriver) or top.backing is None:
+        if top.backing is None:
             raise ControlError(f"{top.name}:{top.params} has no parent that it could go into", errno=errno.EINVAL)
+        if not isinstance(top, ImageDriver):
+            raise ControlError(f"a {top.name} is not committed while in use: after a crash it would refuse the "
+                               "parent, which has changed", errno=errno.EOPNOTSUPP,
+                               hint="tap-ctl stream, or td-img commit when the disk is closed")
         parent = top.backing
         if parent.info.size_bytes != top.info.size_bytes:
             raise ControlError(f"the parent {parent.path} has {parent.info.size_bytes} bytes, the disk "

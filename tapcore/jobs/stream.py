@@ -19,7 +19,6 @@ from tapcore.chain import Level, close_image, levels_from, open_image
 from tapcore.disk import Disk
 from tapcore.driver import Driver, Env
 from tapcore.errors import ControlError, WritelogError
-from tapcore.formats.reader import ImageDriver
 from tapcore.formats.tools import find_tools
 from tapcore.jobs.copying import COPY, SKIP, ZERO, CopyJob, Plan
 from tapcore.jobs.gate import Gate
@@ -79,10 +78,10 @@ class Stream(CopyJob):
         switch.end(opened[0])
         self.result = {"chain": self.chain.text}
 
-    def _check(self) -> ImageDriver:
+    def _check(self) -> Driver:
         """ControlError if it cannot be done."""
         top = self.chain.leaf
-        if not isinstance(top, ImageDriver) or top.backing is None:
+        if top.backing is None:
             raise ControlError(f"{top.name}:{top.params} has no parent to be copied from", errno=errno.EINVAL)
         self._between = list(levels_from(top.backing))
         if self._base_path is not None:

@@ -67,6 +67,10 @@ class VmdkDriver(Driver):
         self._marking: list[Callable[[int], None]] = []
         for verb in ("queue_read", "queue_flush", "queue_status", "submit"):
             setattr(self, verb, getattr(self._body, verb))
+        self.queue_own_status: Verb = getattr(self._body, "queue_own_status", self._body.queue_status)
+
+    def fileno(self) -> int:
+        return self.image.file.fd
 
     def _open_extent(self, line: ExtentLine, start: int) -> Driver:
         size_bytes = line.sectors * SECTOR_BYTES

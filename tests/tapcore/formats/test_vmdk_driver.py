@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tapcore.driver import Env, OpenFlag
+from tapcore.drivers.vmdk import Vmdk
 from tapcore.errors import ChainError, ImageError, UsageError
 from tapcore.formats.imagefile import ImageFile
 from tapcore.formats.tools import Backing
@@ -25,7 +26,7 @@ from tapcore.formats.vmdk.layout import GTES_PER_GT
 from tapcore.formats.vmdk.load import load_image
 from tapcore.formats.vmdk.mapping import Mapping
 from tapcore.formats.vmdk.tools import VmdkTools
-from tapcore.request import DISCARD, WRITE, Request
+from tapcore.request import DISCARD, STATUS, STATUS_HOLE, STATUS_ZERO, WRITE, Request
 
 SIZE = 100 * 1024 + 512
 FIXTURE = [HealthCheck.function_scoped_fixture]
@@ -195,6 +196,22 @@ def test_a_parent_that_was_written_since_is_refused_until_it_is_accepted(env: En
     VmdkTools.set_backing(str(child), None)
     runner = Runner(env, f"vmdk:{child}")
     assert runner.read(0, SIZE) == bytes(SIZE)
+    runner.close()
+
+
+@pytest.mark.parametrize("subformat", ["monolithicSparse", "twoGbMaxExtentSparse"])
+def test_own_status_is_without_the_parent(env: Env, tmp_path: Path, subformat: str) -> None:
+    make_overlay(env, tmp_path, 1 << 20, 1 << 20, subformat=subformat, split_bytes=3 << 16, zeroed_grain=True)
+    runner = Runner(env, f"vmdk:{tmp_path}/a.vmdk")
+    assert runner.write(1 << 18, b"x" * (1 << 18)) == 0 and runner.zeroes(1 << 19, 1 << 16) == 0
+    assert runner.status(0, 1 << 19) == [(1 << 19, 0)]
+    own = Request(STATUS, 0, 1 << 20)
+    done: list[Request] = []
+    own.done = done.append
+    assert isinstance(runner.head, Vmdk)
+    if not runner.head.queue_own_status(own):
+        env.loop.run_until(lambda: bool(done), 10)
+    assert own.extents == [(1 << 18, STATUS_HOLE), (1 << 18, 0), (1 << 16, STATUS_ZERO), (7 << 16, STATUS_HOLE)]
     runner.close()
 
 
