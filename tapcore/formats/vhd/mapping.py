@@ -24,6 +24,8 @@ OBJECT_BYTES: Final = 160
 """What a bitmap takes beside its bits."""
 MAX_REQUEST_BYTES: Final = 1 << 32
 """All bitmaps of one request must fit."""
+ENOUGH_BYTES: Final = 64 << 20
+"""Of an answer to a block status: it begins anew with each bitmap that it has to wait for."""
 BITMAP: Final = "sector bitmap of block"
 BAT_SECTOR_ENTRIES: Final = SECTOR_BYTES // 4
 
@@ -54,8 +56,9 @@ class Mapping:
         self.max_entry = min((file_bytes - self.header.stride_bytes) // SECTOR_BYTES, UNUSED - 1)
 
     def find(self, offset: int, length: int, max_extents: int = 0) -> list[MapExtent]:
+        """A block status (`max_extents`) is cut at a missing bitmap if there is enough to be said already."""
         extents: list[MapExtent] = []
-        end = offset + length
+        begin, end = offset, offset + length
         while offset < end:
             block = offset >> self.shift
             stop = min(end, (block + 1) << self.shift)
@@ -65,6 +68,8 @@ class Mapping:
             elif self.full[block]:
                 _add(extents, DATA, stop - offset, host + offset - (block << self.shift))
             else:
+                if max_extents and offset - begin >= ENOUGH_BYTES and block not in self.bitmaps:
+                    return extents
                 self._find_in_block(extents, block, host, offset, stop)
             if max_extents and len(extents) > max_extents:
                 return extents[:max_extents]

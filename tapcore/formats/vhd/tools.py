@@ -101,14 +101,18 @@ class VhdTools(ImageTools):
 
     @classmethod
     def accept_backing(cls, path: str) -> None:
-        """The time when the parent was modified is written anew."""
+        """The time when the parent was modified is written anew, in the header's first sector."""
         file, image = _open(path)
         try:
-            driver = find_parent(path, file, image, cls.name).driver
-            name = _present_parent(file, image, image.size_bytes).path
+            header = image.header
+            if header is not None and image.footer.disk_type == DIFFERENCING:
+                found = find_parent(path, file, image, cls.name)
+                header.parent_time_stamp = look_at_parent(path, str(Path(found.params).absolute()),
+                                                          found.driver).time_stamp
+                file.store(image.footer.data_offset, header.pack()[:SECTOR_BYTES], "the header")
+                file.sync_or_raise()
         finally:
             file.close()
-        cls.set_backing(path, Backing(name, driver))
 
     @classmethod
     def resize(cls, path: str, size_bytes: int, *, shrink: bool = False) -> None:

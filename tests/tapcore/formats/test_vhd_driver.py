@@ -277,6 +277,21 @@ def test_lookups_of_what_is_cached_make_no_io(env: Env, tmp_path: Path) -> None:
     runner.close()
 
 
+def test_a_block_status_does_not_begin_anew_for_ever(env: Env, tmp_path: Path) -> None:
+    """1 GiB of blocks whose bitmaps are yet to be read: the answers are cut, and complete together."""
+    path = tmp_path / "a.vhd"
+    create(str(path), 1 << 30)
+    runner = Runner(env, f"vhd:{path}")
+    for at in range(0, 1 << 30, 2 << 20):
+        assert runner.write(at, b"x" * 512) == 0
+    runner.close()
+    again = Runner(env, f"vhd:{path}", OpenFlag.RDONLY)
+    extents = again.status(0, 1 << 30)
+    assert extents == [(512, 0), ((2 << 20) - 512, 3)] * 512
+    assert again.late == 16
+    again.close()
+
+
 def test_a_large_image_takes_little_memory(env: Env, tmp_path: Path) -> None:
     """2040 GiB, the largest there is: the BAT of 4 MiB and a byte a block."""
     path = tmp_path / "a.vhd"

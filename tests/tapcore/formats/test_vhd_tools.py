@@ -297,6 +297,22 @@ class PowerLoss(Exception):
     pass
 
 
+def test_a_parent_modified_on_purpose(env: Env, image: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = image.with_name("child.vhd")
+    make_overlay(path, SIZE, "a.vhd", "vhd")
+    length = path.stat().st_size
+    os.utime(image, (0, 1_800_000_000))
+    disk_of(env, path)
+    assert "modified after it was made" in caplog.text
+    caplog.clear()
+    VhdTools.accept_backing(str(path))
+    assert disk_of(env, path)[: 3 * BLOCK] == DATA and "modified" not in caplog.text
+    assert path.stat().st_size == length and VhdTools.check(str(path)).messages == []
+    before = image.read_bytes()
+    VhdTools.accept_backing(str(image))
+    assert image.read_bytes() == before
+
+
 @pytest.mark.parametrize("change", [
     lambda path: VhdTools.resize(path, 9 * BLOCK),
     lambda path: VhdTools.set_backing(path, Backing("base", "aio"))])
