@@ -54,6 +54,9 @@ class Packer(Protocol):
     """A new image that is written compressed, from front to back. A context manager: what leaves it well is whole
     and durable, what raises leaves no file. ImageError."""
 
+    unit_bytes: int
+    """Of what is compressed as one; all that is written at a time are whole units, but for the disk's end."""
+
     def write(self, offset: int, data: Buffer) -> None:
         """The disk has `data` at `offset`, which is not before the end of what was written. What is left out reads
         as zeroes."""

@@ -69,6 +69,7 @@ and with -n any image, is written where it is, and zeroed behind the source's en
 examples:
   td-img convert disk.vmdk disk.qcow2
   td-img convert --progress -O vhd -o variant=fixed disk.qcow2 disk.vhd
+  td-img convert -c -o compression=zstd disk.img disk.qcow2
   td-img convert -c disk.qcow2 disk.vmdk                       streamOptimized
   td-img convert nbd:unix:/run/vm1.nbd copy.qcow2
   td-img convert disk.qcow2 /dev/vg/disk

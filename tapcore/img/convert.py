@@ -12,7 +12,7 @@ from tapcore.chain import Chain
 from tapcore.driver import OpenFlag
 from tapcore.errors import UsageError
 from tapcore.formats.tools import ImageTools, Packer
-from tapcore.img.copy import MIN_GRANULE_BYTES, Disk, copy, granule_of, piece_of, read_in_order, zero_out
+from tapcore.img.copy import Disk, copy, granule_of, piece_of, read_in_order, zero_out
 from tapcore.img.locate import Image, file_image
 from tapcore.img.newfile import new_file
 from tapcore.img.progress import Progress
@@ -107,10 +107,12 @@ def _copy_all(
 
 def _pack_all(session: Session, source: Chain, image: Image, packer: Packer, progress: Progress) -> None:
     def walk() -> Walk:
-        return Walk(session, source.head, str(image), granule_bytes=MIN_GRANULE_BYTES)
+        return Walk(session, source.head, str(image), granule_bytes=packer.unit_bytes,
+                    piece_bytes=piece_of(packer.unit_bytes))
 
     progress.start(count_data(session, walk()) if progress.is_on else 0)
-    for offset, data in read_in_order(session, Disk(source.head, str(image)), walk()):
+    disk = Disk(source.head, str(image))
+    for offset, data in read_in_order(session, disk, walk(), piece_of(packer.unit_bytes)):
         packer.write(offset, data)
         progress.advance(len(data))
 

@@ -124,10 +124,12 @@ def copy(
     session.run([flush(target)])
 
 
-def read_in_order(session: Session, source: Disk, walk: Walk) -> Iterator[tuple[int, memoryview]]:
+def read_in_order(
+    session: Session, source: Disk, walk: Walk, piece_bytes: int
+) -> Iterator[tuple[int, memoryview]]:
     """(offset, data) of the DATA pieces of `walk`, several of which are read together; the data is good until the
     next is asked for. ImageError."""
-    buffers = [new_buffer(PIECE_BYTES) for _ in range(TASKS)]
+    buffers = [new_buffer(piece_bytes) for _ in range(TASKS)]
     found: list[tuple[int, memoryview]] = []
 
     def task() -> Task:

@@ -88,7 +88,8 @@ def test_convert_from_each_to_each(tmp_path: Path, source: str, target: str) -> 
     ("vmdk", ["-o", "subformat=twoGbMaxExtentSparse"], 2), ("vmdk", ["-o", "subformat=monolithicFlat"], 2),
     ("vmdk", ["-c"], 1), ("vmdk", ["-o", "subformat=streamOptimized,adapter_type=lsilogic"], 1),
     ("vhd", ["-o", "variant=fixed"], 1), ("qcow2", ["-o", "version=2,cluster_size=512"], 1),
-    ("qcow2", ["-o", "cluster_size=2M"], 1),
+    ("qcow2", ["-o", "cluster_size=2M"], 1), ("qcow2", ["-c"], 1), ("qcow2", ["-c", "-o", "compression=zstd"], 1),
+    ("qcow2", ["-c", "-o", "version=2,cluster_size=512"], 1), ("qcow2", ["-c", "-o", "cluster_size=2M"], 1),
 ])
 def test_convert_to_variants(tmp_path: Path, target: str, options: list[str], files: int) -> None:
     sparse(tmp_path / "disk")
@@ -98,6 +99,8 @@ def test_convert_to_variants(tmp_path: Path, target: str, options: list[str], fi
     td_img("convert", "-O", target, *options, tmp_path / "disk", path)
     assert len(list(folder.iterdir())) == files
     qemu_img("compare", "-f", "raw", "-F", FORMATS[target], tmp_path / "disk", path)
+    if target in CHECKED:
+        qemu_img("check", "-f", FORMATS[target], path)
     assert "exists" in td_img("convert", "-O", target, *options, tmp_path / "disk", path, status=1)
     td_img("convert", "--force", "-O", target, *options, tmp_path / "disk", path)
     td_img("compare", "-F", target, tmp_path / "disk", path)
@@ -118,6 +121,29 @@ def test_over_nbd_and_a_log(serve: Callable[..., Tapdisk], tmp_path: Path, name:
     assert as_json("compare", tmp_path / "disk", disk.uri)["equal"]
     refused = td_img("convert", "-n", "-O", name, tmp_path / "disk", tmp_path / "a", status=1)
     assert "in use" in refused and f"process {disk.process.pid} (" in refused
+
+
+@pytest.mark.parametrize("options", [[], ["-o", "compression=zstd"]])
+def test_what_is_written_compressed_is_as_small_as_theirs(tmp_path: Path, options: list[str]) -> None:
+    rng = Random(5)
+    words = [rng.randbytes(rng.randrange(2, 9)) for _ in range(300)]
+    text = b"".join(rng.choice(words) for _ in range(1 << 20))[: 4 << 20]
+    (tmp_path / "disk").write_bytes(text + rng.randbytes(1 << 20) + text[: 1 << 20])
+    td_img("convert", "-c", *options, tmp_path / "disk", tmp_path / "ours.qcow2")
+    theirs = [option.replace("compression", "compression_type") for option in options]
+    qemu_img("convert", "-c", "-O", "qcow2", *theirs, tmp_path / "disk", tmp_path / "theirs.qcow2")
+    qemu_img("compare", tmp_path / "ours.qcow2", tmp_path / "theirs.qcow2")
+    qemu_img("check", tmp_path / "ours.qcow2")
+    sizes = [(tmp_path / name).stat().st_blocks for name in ("ours.qcow2", "theirs.qcow2")]
+    assert sizes[0] <= sizes[1] * 1.03
+
+
+def test_formats_without_compression_say_so(tmp_path: Path) -> None:
+    sparse(tmp_path / "disk")
+    for target in ("raw", "vhd", "qcow"):
+        said = td_img("convert", "-c", "-O", target, tmp_path / "disk", tmp_path / "a", status=1)
+        assert "write compressed" in said
+        assert not (tmp_path / "a").exists()
 
 
 def test_an_existing_image_is_written_where_it_is(tmp_path: Path) -> None:

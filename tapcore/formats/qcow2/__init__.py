@@ -7,6 +7,7 @@
     driver.py      the driver: open, read, flush, close
     changes.py     the driver's other half: writes, zeroes, discards that change the mapping
     create.py      a new image
+    pack.py        a new image, compressed, from front to back
     counts.py      references to each cluster of the file
     walk.py        … counted, by following every table
     check.py       errors and leaks found, and repaired

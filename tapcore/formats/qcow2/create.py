@@ -62,7 +62,7 @@ def create(
     the image's folder, or absolute; `backing_format` is QEMU's name of its format. The data file is made too, and
     with `data_file_raw` always is what the guest sees. UsageError for what no image can be; ImageError if a file
     exists or cannot be written, and then no new file is left."""
-    _check(size_bytes, version, cluster_bits, refcount_bits, compression)
+    check_shape(size_bytes, version, cluster_bits, refcount_bits, compression)
     of_version_3 = (lazy_refcounts, extended_l2, data_file, refcount_bits != 16, compression != "zlib")
     if version == 2 and any(of_version_3):
         raise UsageError("qcow2 version 2 has no lazy refcounts, no extended L2 entries, no external data file, "
@@ -72,15 +72,12 @@ def create(
     if data_file_raw and (data_file is None or backing is not None):
         raise UsageError("data_file_raw goes with a data_file, and not with a backing file")
     cluster_bytes = 1 << cluster_bits
-    l1_size = -(-size_bytes >> (2 * cluster_bits - (4 if extended_l2 else 3)))
-    if 8 * l1_size > MAX_L1_BYTES:
-        raise UsageError(f"a disk of {size_bytes} bytes is too large for clusters of {cluster_bytes} bytes",
-                         hint="choose larger clusters")
+    l1_size = l1_entries(size_bytes, cluster_bits, extended_l2=extended_l2)
     per_block = 8 * cluster_bytes // refcount_bits
     table_clusters, blocks, total = _arrange(-(-8 * l1_size // cluster_bytes), per_block, cluster_bytes)
     features = (EXTENDED_L2 * extended_l2 | EXTERNAL_DATA * (data_file is not None)
                 | COMPRESSION_TYPE * (compression != "zlib"))
-    header = _header(
+    header = new_header(
         version, cluster_bytes, backing, backing_format, data_file,
         size=size_bytes, cluster_bits=cluster_bits, l1_size=l1_size,
         l1_table_offset=(1 + table_clusters + blocks) * cluster_bytes, refcount_table_offset=cluster_bytes,
@@ -121,7 +118,17 @@ def _arrange(l1_clusters: int, per_block: int, cluster_bytes: int) -> tuple[int,
     return table_clusters, blocks, total
 
 
-def _check(size_bytes: int, version: int, cluster_bits: int, refcount_bits: int, compression: str) -> None:
+def l1_entries(size_bytes: int, cluster_bits: int, *, extended_l2: bool = False) -> int:
+    """Of the L1 table of such a disk. UsageError if it would be too large."""
+    l1_size = -(-size_bytes >> (2 * cluster_bits - (4 if extended_l2 else 3)))
+    if 8 * l1_size > MAX_L1_BYTES:
+        raise UsageError(f"a disk of {size_bytes} bytes is too large for clusters of {1 << cluster_bits} bytes",
+                         hint="choose larger clusters")
+    return l1_size
+
+
+def check_shape(size_bytes: int, version: int, cluster_bits: int, refcount_bits: int, compression: str) -> None:
+    """UsageError for what no image can be."""
     if size_bytes % 512 or size_bytes < 0:
         raise UsageError(f"size {size_bytes} is not a multiple of 512 bytes")
     if version not in (2, 3):
@@ -134,7 +141,7 @@ def _check(size_bytes: int, version: int, cluster_bits: int, refcount_bits: int,
         raise UsageError(f"compression {compression!r} is none of {', '.join(COMPRESSIONS)}")
 
 
-def _header(
+def new_header(
     version: int, cluster_bytes: int, backing: str | None, backing_format: str | None, data_file: str | None,
     **fields: int
 ) -> bytes:

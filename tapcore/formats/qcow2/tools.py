@@ -14,7 +14,8 @@ from tapcore.formats.qcow2.create import create
 from tapcore.formats.qcow2.header import set_backing
 from tapcore.formats.qcow2.layout import COMPRESSIONS, LAZY_REFCOUNTS
 from tapcore.formats.qcow2.load import load_header
-from tapcore.formats.tools import Backing, ImageTools, Report
+from tapcore.formats.qcow2.pack import PackedImage
+from tapcore.formats.tools import Backing, ImageTools, Packer, Report
 from tapcore.params import size_bytes as parse_size
 from tapcore.params import whole
 
@@ -41,18 +42,26 @@ class Qcow2Tools(ImageTools):
         options: Mapping[str, str] | None = None,
     ) -> None:
         options = options or {}
-        cluster_bytes = parse_size("cluster_size", options.get("cluster_size", "64K"))
-        if cluster_bytes & (cluster_bytes - 1) or not cluster_bytes:
-            raise UsageError(f"cluster_size {cluster_bytes} is not a power of two")
         switches = {name: _switch(name, options.get(name, "off"))
                     for name in ("lazy_refcounts", "extended_l2", "data_file_raw")}
         names = {driver: name for name, driver in reversed(FORMATS.items())}
         create(
             path, size_bytes,
             backing=backing.path if backing else None, backing_format=names[backing.driver] if backing else None,
-            version=whole("version", options.get("version", "3")), cluster_bits=cluster_bytes.bit_length() - 1,
+            version=whole("version", options.get("version", "3")), cluster_bits=_cluster_bits(options),
             refcount_bits=whole("refcount_bits", options.get("refcount_bits", "16")),
             compression=options.get("compression", "zlib"), data_file=options.get("data_file"), **switches)
+
+    @classmethod
+    def packer(cls, path: str, size_bytes: int, options: Mapping[str, str], *, compress: bool) -> Packer | None:
+        if not compress:
+            return None
+        others = sorted(set(options) - {"version", "cluster_size", "compression"})
+        if others:
+            raise UsageError(f"{others[0]} is not an option of an image that is written compressed",
+                             hint="they are version, cluster_size and compression")
+        return PackedImage(path, size_bytes, version=whole("version", options.get("version", "3")),
+                           cluster_bits=_cluster_bits(options), compression=options.get("compression", "zlib"))
 
     @classmethod
     def check(cls, path: str, *, repair: bool = False) -> Report:
@@ -82,6 +91,13 @@ class Qcow2Tools(ImageTools):
         from tapcore.formats.qcow2.resize import resize  # it opens chains, whose drivers import what is here
 
         resize(path, size_bytes, shrink=shrink)
+
+
+def _cluster_bits(options: Mapping[str, str]) -> int:
+    cluster_bytes = parse_size("cluster_size", options.get("cluster_size", "64K"))
+    if cluster_bytes & (cluster_bytes - 1) or not cluster_bytes:
+        raise UsageError(f"cluster_size {cluster_bytes} is not a power of two")
+    return cluster_bytes.bit_length() - 1
 
 
 def _switch(name: str, text: str) -> bool:

@@ -181,6 +181,7 @@ class StreamImage:
         if '"' in name or not name.isprintable():
             raise UsageError(f"the name {name!r} cannot stand in a descriptor", hint="choose another")
         self.path = path
+        self.unit_bytes = GRAIN_BYTES
         self._encoder = StreamEncoder(size_bytes, stream_descriptor(name, size_bytes, adapter_type), level)
         try:
             self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
