@@ -157,15 +157,16 @@ class Concat(Driver):
             self.parts[number].submit()
 
     def quiesce(self, done: Callable[[], None]) -> None:
-        left = list(self.parts)
+        left = len(self.parts)
 
-        def next_one() -> None:
-            if left:
-                left.pop(0).quiesce(next_one)
-            else:
+        def one_less() -> None:
+            nonlocal left
+            left -= 1
+            if not left:
                 done()
 
-        next_one()
+        for part in self.parts:
+            part.quiesce(one_less)
 
     def close(self) -> None:
         """The first failure is raised after all were closed."""

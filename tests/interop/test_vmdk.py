@@ -322,3 +322,30 @@ def test_a_guest_under_the_log(tmp_path: Path, serve: Callable[..., Tapdisk]) ->
     qemu("qemu-io", "-r", "-f", "raw", "-c", "read -P 7 0 100k", "-c", "read -P 1 100k 300k",
          "-c", "read -P 7 400k 624k", "-c", "read -P 0 1M 128k", "-c", "read -P 7 1152k 1920k", f"nbd+unix:///?socket={server.path}")
     server.stop()
+
+
+@pytest.mark.parametrize("subformat", ["monolithicSparse", "twoGbMaxExtentSparse"])
+def test_a_tapdisk_that_was_killed(
+    env: Env, tmp_path: Path, serve: Callable[..., Tapdisk], subformat: str
+) -> None:
+    """What it had flushed is there for both sides, at once and after the image was written again."""
+    path = tmp_path / "a.vmdk"
+    VmdkTools.create(str(path), SIZE, options={"subformat": subformat, "zeroed_grain": "on"})
+    expected = bytearray(SIZE)
+    for number in range(1, 4):
+        tapdisk = serve(f"log:vmdk{number}|vmdk:{path}", "--name", f"vm{number}")
+        at = number * 300 * 1024
+        qemu("qemu-io", "-f", "raw", "-c", f"write -P {number} {at} 700k", "-c", f"write -z {at + 65536} 100k",
+             "-c", "flush", tapdisk.uri)
+        tapdisk.kill()
+        expected[at : at + 700 * 1024] = bytes([number]) * (700 * 1024)
+        expected[at + 65536 : at + 65536 + 100 * 1024] = bytes(100 * 1024)
+        assert VmdkTools.describe(str(path))["closed"] is False
+        Both(env, path, bytes(expected), number).compare()
+    runner = Runner(env, f"vmdk:{path}")
+    assert runner.write(0, b"x") == 0
+    runner.close()
+    expected[0] = ord("x")
+    assert VmdkTools.describe(str(path))["closed"] is True
+    Both(env, path, bytes(expected), "closed").compare()
+    assert "differ" not in str(check(str(path)).messages)

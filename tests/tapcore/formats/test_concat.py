@@ -98,6 +98,21 @@ def test_only_parts_that_have_something_are_submitted(env: Env) -> None:
     runner.close()
 
 
+def test_more_parts_than_calls_can_be_nested(env: Env) -> None:
+    parts = [Manual(env, "512", OpenFlag.NONE) for _ in range(3000)]
+    for part in parts:
+        part.open()
+        part.early = True
+    disk = Concat(env, OpenFlag.NONE, parts)
+    request = Request(WRITE, 0, 3000 * 512, [memoryview(bytes(3000 * 512))])
+    assert disk.queue_write(request) and not request.error
+    quiet: list[bool] = []
+    disk.quiesce(lambda: quiet.append(True))
+    assert quiet == [True]
+    disk.close()
+    assert all(part.closed for part in parts)
+
+
 def test_a_window_is_a_disk_of_its_own(env: Env) -> None:
     lower = Manual(env, "4096", OpenFlag.NONE)
     lower.open()
