@@ -153,6 +153,9 @@ def open_chain(env: Env, text: str, flags: OpenFlag = OpenFlag.NONE) -> Chain:
         for number in range(len(levels), 0, -1):
             level = levels[number - 1]
             lower = _open_level(env, f"level {number} of {text!r}", level, flags, lower, opened)
+        for driver in opened:
+            with _naming(repr(text), driver.name):
+                driver.begin()
     except BaseException:
         for driver in reversed(opened):
             _close_quietly(driver)
@@ -165,7 +168,17 @@ def open_image(env: Env, image: Level | ParentId, flags: OpenFlag = OpenFlag.NON
     """Open an image and its parents, for a chain's filters to stand on. ChainError, with nothing left open. In
     any thread."""
     level = Level(image.driver, image.params)
-    return _open_level(env, repr(str(level)), level, flags, None, [])
+    opened: list[Driver] = []
+    top = _open_level(env, repr(str(level)), level, flags, None, opened)
+    try:
+        for driver in opened:
+            with _naming(repr(str(level)), driver.name):
+                driver.begin()
+    except BaseException:
+        for driver in reversed(opened):
+            _close_quietly(driver)
+        raise
+    return top
 
 
 def close_image(top: Driver) -> None:

@@ -4,8 +4,9 @@ A driver serves one level of a chain. A *leaf* (`aio`, `ram`, an image format) c
 (`log`, `delay`) has a `next` below it and overrides only the verbs that it changes: the others are bound to the
 next level's when the chain opens, so a level that does nothing costs nothing.
 
-Life: `__init__` keeps what it was given; `open` may fail and sets `info`; `quiesce` ends what the driver does of
-its own; `close` releases all, and is called once after a successful `open`, never with requests in flight.
+Life: `__init__` keeps what it was given; `open` may fail and sets `info`; `begin` follows when the whole chain is
+open; `quiesce` ends what the driver does of its own; `close` releases all, and is called once after a successful
+`open`, never with requests in flight.
 
 Verbs: `queue_read`, `queue_write`, `queue_flush`, `queue_discard`, `queue_zeroes`, `queue_status`, each
 `(request) -> bool` as `tapcore.request` says, and `submit()`, which ends a batch: what was queued must be on its
@@ -139,6 +140,10 @@ class Driver:
     def get_parent_id(self) -> ParentId | None:
         """The parent image to open below, or None (TD_NO_PARENT)."""
         return None
+
+    def begin(self) -> None:
+        """Called once all levels of the chain are open: what opening changes in an image is changed here, not in
+        `open`, so that a chain that is refused changes nothing. May raise as `open` does; `close` follows."""
 
     def validate_parent(self, parent: Driver) -> None:
         """Raise ChainError if `parent` cannot be this image's parent."""

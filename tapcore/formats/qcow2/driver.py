@@ -21,7 +21,6 @@ from tapcore.formats.qcow2.layout import (
     FEATURES,
     INCOMPATIBLE_AT,
     OFFSET_MASK,
-    Header,
 )
 from tapcore.formats.qcow2.load import load_header, load_refcounts
 from tapcore.formats.qcow2.mapping import Mapping
@@ -38,7 +37,7 @@ logger = logging.getLogger(__name__)
 class Qcow2Driver(WritableDriver):
     """One qcow2 image."""
 
-    repair_hint = "repair it with qemu-img check -r all"
+    repair_hint = "repair it with td-img check --repair"
     mapping: Mapping
 
     def open(self) -> None:
@@ -72,21 +71,38 @@ class Qcow2Driver(WritableDriver):
 
     def _start(self, file: ImageFile, data: ImageFile | None) -> None:
         header = self.header
-        if not file.read_only:
-            header = self.header = _prepare_for_writing(file, header)
-            if data is not None and header.data_is_raw and data.length_now() < header.size:
-                data.truncate(header.size)
+        if not file.read_only and header.incompatible_features & CORRUPT:
+            raise ImageError("the image is marked corrupt", path=file.path, offset=INCOMPATIBLE_AT,
+                             hint="repair it with td-img check --repair, or open it read-only")
         l1 = from_big_endian("Q", file.load(header.l1_table_offset, 8 * header.l1_size, "the L1 table"))
         mapping = make_mapping(header, l1)
         mapping.grow(-(-file.size_bytes // header.cluster_bytes) * header.cluster_bytes)
         self.start_reading(file, mapping, data)
-        if not file.read_only:
-            self.refcounts = load_refcounts(file, header)
-            self.refcounts.protect(entry & OFFSET_MASK for entry in l1)
-            self.start_writing(SubclusterWriter(self) if header.has_subclusters else Qcow2Writer(self))
         features = Feature.FLUSH | Feature.DISCARD | Feature.ZEROES | Feature.FAST_ZEROES | Feature.STATUS
         self.info = DiskInfo(header.size, features, preferred_block_bytes=header.cluster_bytes,
                              read_only=file.read_only)
+
+    def begin(self) -> None:
+        """Rebuild the refcounts of an image that was not closed; clear the autoclear bits of what is not kept
+        here; get ready to write. ImageError."""
+        file = self.file
+        if file.read_only:
+            return
+        data = None if self.data is file else self.data
+        if self.header.incompatible_features & DIRTY:
+            logger.warning("%s: was not closed; its refcounts are rebuilt", file.path)
+            rebuild_refcounts(file, self.header)
+            self.header = load_header(file)
+            self._start(file, data)
+        header = self.header
+        self.refcounts = load_refcounts(file, header)
+        self.refcounts.protect(entry & OFFSET_MASK for entry in self.mapping.l1)
+        if header.autoclear_features != header.autoclear_kept:
+            file.store(AUTOCLEAR_AT, FEATURES.pack(bits=header.autoclear_kept), "the header")
+            file.sync_or_raise()
+        if data is not None and header.data_is_raw and data.length_now() < header.size:
+            data.truncate(header.size)
+        self.start_writing(SubclusterWriter(self) if header.has_subclusters else Qcow2Writer(self))
 
     def get_parent_id(self) -> ParentId | None:
         if self.header.backing_file is None:
@@ -142,18 +158,3 @@ class Qcow2Driver(WritableDriver):
             self.refcounts.install(miss, data)
         else:
             self.mapping.install(miss, data)
-
-
-def _prepare_for_writing(file: ImageFile, header: Header) -> Header:
-    """Refuse an image that is marked corrupt; rebuild the refcounts of one that was not closed; clear the
-    autoclear bits of what is not kept here. Returns the header as it is then. ImageError."""
-    if header.incompatible_features & CORRUPT:
-        raise ImageError("the image is marked corrupt", path=file.path, offset=INCOMPATIBLE_AT,
-                         hint="repair it with qemu-img check -r all, or open it read-only")
-    if header.incompatible_features & DIRTY:
-        logger.warning("%s: was not closed; its refcounts are rebuilt", file.path)
-        rebuild_refcounts(file, header)
-    if header.autoclear_features != header.autoclear_kept:
-        file.store(AUTOCLEAR_AT, FEATURES.pack(bits=header.autoclear_kept), "the header")
-        file.sync_or_raise()
-    return load_header(file)

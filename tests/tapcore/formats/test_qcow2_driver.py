@@ -379,6 +379,18 @@ def test_autoclear_bits_are_cleared_by_a_writer_alone(env: Env, tmp_path: Path) 
     assert FEATURES.unpack(path.read_bytes(), 88)["bits"] == 0
 
 
+def test_a_chain_that_is_refused_changes_nothing(env: Env, tmp_path: Path) -> None:
+    """Its parent is not there: neither are its bitmaps marked as out of date nor its refcounts rebuilt."""
+    path = tmp_path / "a.qcow2"
+    create(str(path), 1 << 20, backing="missing.raw", backing_format="raw")
+    patched(path, 72, u64(1))
+    patched(path, 88, u64(1))
+    before = path.read_bytes()
+    with pytest.raises(ChainError, match=r"missing\.raw"):
+        open_chain(env, f"qcow2:{path}")
+    assert path.read_bytes() == before
+
+
 @pytest.mark.parametrize("refcount_bits", [1, 16, 64])
 def test_the_refcounts_of_a_dirty_image_are_rebuilt(env: Env, tmp_path: Path, refcount_bits: int) -> None:
     path = tmp_path / "a.qcow2"
