@@ -89,6 +89,20 @@ def unclaim_image(fd: int) -> None:
         type=fcntl.F_UNLCK, whence=0, start=RAW_LOCK_SHARED_BASE + _bit(Perm.CONSISTENT_READ), len=1, pid=0))
 
 
+def refuse_readers(path: str) -> None:
+    """ImageError if anyone has the image open, though it be to read what lies below another: who changes it would
+    change that too. It may not be there."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return
+    try:
+        if _is_held(fd, RAW_LOCK_PERM_BASE + _bit(Perm.CONSISTENT_READ)):
+            raise _in_use(fd, path, "has it open to be read", Perm.CONSISTENT_READ)
+    finally:
+        os.close(fd)
+
+
 def _bit(perm: Perm) -> int:
     return perm.bit_length() - 1
 

@@ -18,6 +18,7 @@ from tapcore.errors import UsageError
 from tapcore.formats.probe import look
 from tapcore.formats.qcow2 import snapshots
 from tapcore.formats.tools import Backing, ImageTools, format_name
+from tapcore.imagelock import refuse_readers
 from tapcore.img import compare as comparing
 from tapcore.img import convert as converting
 from tapcore.img import describe as describing
@@ -247,6 +248,7 @@ def resize(options: argparse.Namespace) -> int:
         size = now_bytes + size if text[0] == "+" else now_bytes - size
         if size < 0:
             raise UsageError(f"{image} has {now_bytes} bytes: so much cannot be taken away")
+    refuse_readers(image.file)
     image.tools.resize(image.file, size, shrink=options.shrink)
     say(options, {"image": str(image), "size_bytes": size}, f"{image}: {size_text(size)}")
     return EXIT_OK
@@ -258,6 +260,8 @@ def snapshot(options: argparse.Namespace) -> int:
     if image.driver != "qcow2":
         raise UsageError(f"an image of the format {format_name(image.driver)} has no internal snapshots",
                          hint="td-img create -b makes an overlay, which is a snapshot in a file of its own")
+    if options.create is not None or options.apply is not None or options.delete is not None:
+        refuse_readers(path)
     if options.create is not None:
         taken = snapshots.create_snapshot(path, options.create)
         say(options, asdict(taken), f"snapshot {taken.id}, {taken.name}")

@@ -14,12 +14,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from tapcore.chain import Chain
-from tapcore.driver import Driver, Filter, OpenFlag
+from tapcore.driver import DiskInfo, Driver, Filter, OpenFlag
 from tapcore.errors import UsageError
 from tapcore.formats.tools import Backing
+from tapcore.imagelock import refuse_readers
 from tapcore.img.compare import NOWHERE, first_difference
 from tapcore.img.convert import count_data
 from tapcore.img.copy import TASKS, Disk, copy, flush, granule_of, new_buffer
@@ -82,39 +83,44 @@ class Committed:
     data_bytes: int
 
 
-def backing_image(session: Session, image: Image) -> Image | None:
-    """The image that `image` names as its backing, or None."""
-    chain = session.open(image.chain, OpenFlag.RDONLY | OpenFlag.SHAREABLE)
-    backing = mark_depths(chain)[1:2]
-    session.close(chain)
-    return file_image(backing[0].path or backing[0].params, backing[0].name) if backing else None
-
-
 def commit(session: Session, overlay: Image, progress: Progress) -> Committed:
     """Copy the overlay's own parts into its backing, durably. The overlay stays as it is. UsageError if it has no
-    backing."""
-    backing = backing_image(session, overlay)
-    if backing is None:
-        raise UsageError(f"{overlay} has no backing file to be committed to")
+    backing, ImageError if anyone uses either."""
+    backing, size_bytes = _look_below(session, overlay)
+    if backing.info.size_bytes < size_bytes:
+        refuse_readers(backing.image.file)
+        backing.image.tools.resize(backing.image.file, size_bytes)
+    into = session.open(backing.image.chain)
     chain = session.open(overlay.chain, OpenFlag.RDONLY)
     mark_depths(chain, "unseen")  # its tables change meanwhile
-    into = session.open(backing.chain)
-    if into.info.size_bytes < chain.info.size_bytes:
-        session.close(into)
-        backing.tools.resize(backing.file, chain.info.size_bytes)
-        into = session.open(backing.chain)
 
     def walk() -> Walk:
         return Walk(session, chain.head, str(overlay), kind_of=own_parts)
 
     progress.start(count_data(session, walk()) if progress.is_on else 0)
-    copy(session, Disk(chain.head, str(overlay)), Disk(into.head, str(backing)), walk(), progress,
+    copy(session, Disk(chain.head, str(overlay)), Disk(into.head, str(backing.image)), walk(), progress,
          granule_bytes=granule_of(into.info))
     session.close(into)
     session.close(chain)
     overlay.tools.accept_backing(overlay.file)
     progress.end()
-    return Committed(str(overlay), str(backing), progress.done_bytes)
+    return Committed(str(overlay), str(backing.image), progress.done_bytes)
+
+
+class _Under(NamedTuple):
+    image: Image
+    info: DiskInfo
+
+
+def _look_below(session: Session, overlay: Image) -> tuple[_Under, int]:
+    """The backing of an overlay, and the overlay's size. UsageError if it has none."""
+    chain = session.open(overlay.chain, OpenFlag.RDONLY | OpenFlag.QUERY)
+    size_bytes, backing = chain.info.size_bytes, chain.leaf.backing
+    if backing is None:
+        raise UsageError(f"{overlay} has no backing file to be committed to")
+    found = _Under(file_image(backing.path or backing.params, backing.name), backing.info)
+    session.close(chain)
+    return found, size_bytes
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from pathlib import Path
 from tapcore.driver import OpenFlag
 from tapcore.errors import ImageError, image_error
 from tapcore.formats.imagefile import ImageFile
+from tapcore.imagelock import refuse_readers
 
 
 @contextmanager
@@ -72,4 +73,5 @@ def _refuse_existing(target: Path, *, replace: bool) -> None:
     if not replace:
         raise ImageError("the file exists", path=str(target), errno=errno.EEXIST,
                          hint="remove it first, or say --force to have it replaced when the new one is whole")
+    refuse_readers(str(target))
     ImageFile.open(str(target), OpenFlag.NONE).close()  # refuses what is in use

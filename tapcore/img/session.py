@@ -23,9 +23,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Final, Self, TypeAlias, TypeVar
 
-from tapcore.chain import Chain, open_chain
+from tapcore.chain import Chain, open_chain, parse
 from tapcore.driver import VERBS, Driver, Env, OpenFlag
 from tapcore.errors import ImageError
+from tapcore.imagelock import refuse_readers
 from tapcore.loop import Loop
 from tapcore.request import OP_NAMES, Request
 from tapcore.workers import Workers
@@ -63,7 +64,8 @@ Task: TypeAlias = "Steps[None]"
 
 class Session:
     """To be used in a `with` block; what was opened is closed at its end. SIGINT, SIGTERM and SIGHUP meanwhile end
-    `run` with a KeyboardInterrupt when nothing is in flight any more."""
+    `run` with a KeyboardInterrupt when nothing is in flight any more, or after INTERRUPTED_S; a second one does at
+    once."""
 
     def __init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="td-img-")
@@ -73,7 +75,7 @@ class Session:
         self._active = 0
         self._failure: BaseException | None = None
         self._running = False
-        self._interrupted = False
+        self._interrupted = self._insisted = False
         self._former: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
@@ -100,13 +102,19 @@ class Session:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if not self._running:
             raise KeyboardInterrupt
+        self._insisted = self._interrupted
         self._interrupted = True
         self.env.loop.call_threadsafe(lambda: None)
 
     # Chains
 
     def open(self, text: str, flags: OpenFlag = OpenFlag.NONE) -> Chain:
-        """ChainError if it cannot be opened."""
+        """ChainError if it cannot be opened. Nobody else may have an image open that is opened for writing, not
+        even as the parent of another, which a tapdisk would not mind: ImageError."""
+        if not flags & (OpenFlag.RDONLY | OpenFlag.QUERY):
+            params = parse(text)[-1].params
+            if params.startswith(("/", ".")):
+                refuse_readers(params)
         chain = open_chain(self.env, text, flags)
         self._chains.append(chain)
         return chain
@@ -148,10 +156,10 @@ class Session:
 
     def _give_up(self) -> None:
         try:
-            self.env.loop.run_until(lambda: not self._active, INTERRUPTED_S)
+            self.env.loop.run_until(lambda: not self._active or self._insisted, INTERRUPTED_S)
         except TimeoutError:
             logger.warning("interrupted with requests that do not end")
-            self._active = 0
+        self._active = 0
 
     def advance(self, task: Task) -> None:
         """Let `task` go on until it waits, or has ended."""

@@ -146,6 +146,39 @@ def test_formats_without_compression_say_so(tmp_path: Path) -> None:
         assert not (tmp_path / "a").exists()
 
 
+def test_an_image_is_not_changed_below_one_that_is_used(serve: Callable[..., Tapdisk], tmp_path: Path) -> None:
+    content = sparse(tmp_path / "base.img")
+    for name in ("used.qcow2", "top.qcow2"):
+        td_img("create", "-b", "base.img", "-F", "raw", tmp_path / name)
+    disk = serve(f"qcow2:{tmp_path}/used.qcow2")
+    part = tmp_path / "part"
+    part.write_bytes(b"\5" * 65536)
+    for arguments in (("write", "--file", part, tmp_path / "base.img"), ("commit", tmp_path / "top.qcow2"),
+                      ("convert", "-n", part, tmp_path / "base.img"), ("resize", tmp_path / "base.img", "+1M"),
+                      ("convert", "--force", part, tmp_path / "base.img")):
+        assert f"process {disk.process.pid} (" in td_img(*arguments, status=1), arguments
+    assert (tmp_path / "base.img").read_bytes() == content
+    td_img("info", tmp_path / "used.qcow2")
+    disk.stop()
+    td_img("commit", tmp_path / "top.qcow2")
+
+
+def test_a_source_that_is_gone_does_not_hold_the_program(serve: Callable[..., Tapdisk], tmp_path: Path) -> None:
+    """Requests to a server wait for it as long as it takes; whoever asked may give up."""
+    sparse(tmp_path / "disk")
+    disk = serve(f"delay:read=1000|aio:{tmp_path}/disk")
+    command = [sys.executable, "-m", "tapcore.img.cli", "convert", disk.uri, str(tmp_path / "new.img")]
+    with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
+        while not list(tmp_path.glob(".new.img.*.partial/new.img")):
+            assert process.poll() is None, process.communicate()
+        disk.kill()
+        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGTERM)
+        _, error = process.communicate(timeout=30)
+    assert process.returncode == 1 and b"interrupted" in error
+    assert list(tmp_path.glob(".new*")) == [] and not (tmp_path / "new.img").exists()
+
+
 def test_an_existing_image_is_written_where_it_is(tmp_path: Path) -> None:
     content = sparse(tmp_path / "disk")
     (tmp_path / "b").write_bytes(b"\7" * (SIZE + 65536))
