@@ -32,8 +32,9 @@ from tapcore.formats.vmdk.mapping import from_little_endian
 
 OpenFile = Callable[[str, OpenFlag], ImageFile]
 
-_CREATE_TYPES = ("monolithicSparse", "streamOptimized", "monolithicFlat", "twoGbMaxExtentSparse",
-                 "twoGbMaxExtentFlat", "vmfs", "vmfsSparse", "custom")
+_IN_ONE_FILE = ("monolithicSparse", "streamOptimized")
+_CREATE_TYPES = (*_IN_ONE_FILE, "monolithicFlat", "twoGbMaxExtentSparse", "twoGbMaxExtentFlat", "vmfs",
+                 "vmfsSparse", "custom")
 
 
 @dataclass
@@ -76,11 +77,11 @@ def load_image(file: ImageFile) -> Image:
     else:
         raise ImageError("is not a VMDK: it begins neither with a descriptor nor with the magic KDMV",
                          path=file.path, errno=errno.EINVAL, offset=0)
-    create_type = image.descriptor.create_type
-    if create_type not in _CREATE_TYPES:
-        raise ImageError(f"its createType {create_type!r} is not supported", path=file.path,
+    create_type, known = image.descriptor.create_type, _IN_ONE_FILE if image.header else _CREATE_TYPES
+    if create_type not in known or (image.header and len(image.descriptor.extents) > 1):
+        raise ImageError(f"its createType {create_type!r} is not supported in a file of this kind", path=file.path,
                          errno=errno.EOPNOTSUPP,
-                         hint=f"supported: {', '.join(_CREATE_TYPES)}; convert it where it comes from")
+                         hint=f"supported: {', '.join(known)}; convert it where it comes from")
     if any(key.startswith("encryption.") for key in image.descriptor.entries):
         raise ImageError("is encrypted, which is not supported", path=file.path, errno=errno.EOPNOTSUPP,
                          hint="decrypt it where it comes from")

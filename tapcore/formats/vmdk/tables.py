@@ -45,6 +45,8 @@ def prepare_for_writing(file: ImageFile, header: Header) -> tuple[array[int], ar
             _check_table(file, header, place, data)
             file.store(place, data, "a grain table")
         file.sync_or_raise()
+        mark_open(file, False)
+        file.sync_or_raise()
     return directory, redundant
 
 

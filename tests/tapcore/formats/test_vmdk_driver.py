@@ -260,6 +260,7 @@ def test_an_extent_that_was_not_closed_gets_its_copies_in_step(env: Env, tmp_pat
     assert check(str(path)).leaks == 1
     runner = Runner(env, f"vmdk:{path}")
     runner.close()
+    assert path.read_bytes()[72] == 0
     report = check(str(path))
     assert (report.errors, report.leaks) == (0, 0)
 
@@ -321,6 +322,21 @@ def test_files_that_are_no_vmdk_are_refused(env: Env, tmp_path: Path, text: str,
     (tmp_path / "a.vmdk").write_text(text)
     with pytest.raises(ChainError, match=why):
         Runner(env, f"vmdk:{tmp_path}/a.vmdk", OpenFlag.RDONLY)
+
+
+@pytest.mark.parametrize(("before", "after"), [
+    (b'createType="monolithicSparse"', b'createType="twoGbMaxExtentS"'),
+    (b"# The Disk Data Base\n#DDB\n", b'RW 2048 SPARSE "b.vmdk"\n# \n')])
+def test_an_image_of_which_this_file_is_a_part_is_refused(
+    env: Env, tmp_path: Path, before: bytes, after: bytes
+) -> None:
+    path = tmp_path / "a.vmdk"
+    create(str(path), 1 << 20)
+    data = path.read_bytes()
+    assert before in data
+    path.write_bytes(data.replace(before, after.ljust(len(before))))
+    with pytest.raises(ChainError, match="not supported in a file of this kind"):
+        Runner(env, f"vmdk:{path}")
 
 
 @pytest.mark.parametrize(("entry", "why"), [
