@@ -108,6 +108,8 @@ class Durable:
                 resume(result[0])
             if (self._flushes or self._waiting) and not self._committing:
                 self._start()
+            if not result[0]:
+                self.relieve()
             self.landed()
             driver.submit()
             self._check_idle()

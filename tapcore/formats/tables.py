@@ -4,6 +4,8 @@
              │ change                       ▲
              ▼                              │ settle
            dirty (sectors) ─ take_dirty ─▶ being written ─ put_back ─▶ dirty
+
+However many must stay, some room is left for others: a request needs all of its tables at once.
 """
 
 from __future__ import annotations
@@ -18,6 +20,9 @@ T = TypeVar("T")
 SECTOR_BYTES: Final = 512
 """The unit in which changed tables are written: what a disk does not tear."""
 
+MIN_RESERVE: Final = 2
+"""Even a small request may lie on the border between two tables."""
+
 Sectors = dict[int, set[int]]
 """Numbers of a table's sectors, by table."""
 
@@ -28,6 +33,8 @@ class Tables(OrderedDict[int, T]):
     def __init__(self, capacity: int) -> None:
         super().__init__()
         self.capacity = capacity
+        self.reserve = max(MIN_RESERVE, capacity // 4)
+        """So many that are neither changed nor pinned are kept in any case."""
         self.dirty: Sectors = {}
         """Changed sectors."""
         self.pins: Counter[int] = Counter()
@@ -46,12 +53,10 @@ class Tables(OrderedDict[int, T]):
 
     def make_room(self) -> None:
         """Drop what has not been used for long, has no changes and is not needed by anyone."""
-        spare = len(self) - self.capacity
+        spare = len(self) - max(self.capacity, len(self.dirty) + len(self.pins) + self.reserve)
         if spare <= 0:
             return
-        newest = next(reversed(self))
-        victims = (index for index in self
-                   if index not in self.pins and index not in self.dirty and index != newest)
+        victims = (index for index in self if index not in self.pins and index not in self.dirty)
         for index in list(islice(victims, spare)):
             del self[index]
 
