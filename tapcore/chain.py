@@ -110,6 +110,10 @@ class Chain:
         """The open drivers called `name`, nearest the guest first."""
         return [driver for driver in self.drivers if driver.name == name]
 
+    def counters(self) -> dict[str, dict[str, int]]:
+        """The drivers' figures, of those that have some."""
+        return {f"{driver.name}:{driver.params}": found for driver in self.drivers if (found := driver.counters())}
+
     def quiesce(self, done: Callable[[], None]) -> None:
         """`done()` once no driver has I/O of its own in flight; to be called when the guest's is at an end."""
         left = list(self.drivers)

@@ -133,6 +133,10 @@ class Driver:
     def close(self) -> None:
         """Release all that `open` took. Called once, with nothing in flight."""
 
+    def counters(self) -> dict[str, int]:
+        """Figures for people, by name."""
+        return {}
+
     def fileno(self) -> int | None:
         """The descriptor of the image's file, which has its locks; None where there is no file."""
         return None

@@ -273,6 +273,9 @@ def _stats(options: argparse.Namespace) -> None:
     counters = ("in_flight", "waiting", "retries", "merged", "stalls")
     _print_table(["NAME", "STATE", *(f">{key.replace('_', ' ').upper()}" for key in counters)],
                  [[name, stats["state"], *(str(stats[key]) for key in counters)] for name, stats in disks.items()])
+    for name, stats in disks.items():
+        for driver, figures in stats["drivers"].items():
+            print(f"{name}, {driver}: {', '.join(f'{count} {what}' for what, count in figures.items())}")
 
 
 def _map(options: argparse.Namespace) -> None:

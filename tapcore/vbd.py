@@ -477,6 +477,7 @@ class Vbd:
         """Counters and histograms, ready for JSON."""
         return self.statistics.as_dict() | {
             "state": self.state, "in_flight": self.in_flight, "waiting": self.waiting,
+            "drivers": self.chain.counters(),
         }
 
 

@@ -57,6 +57,7 @@ writelog.ring
 writelog.shm
 writelog.wire
 --
+tapcore.blockcache
 tapcore.directio
 tapcore.driver
 tapcore.drivers

@@ -52,6 +52,8 @@ CHAINS = {
     "error": "error:count=0|aio:{disk}",
     "delay": "delay:jitter=0.2|aio:{disk}",
     "log": "log:contract|aio:{disk}",
+    "bc": "bc:size=256K,block=16K|aio:{disk}",
+    "bc-file": "bc:size=256K,block=4K,file={cache}|aio:{disk}",
     "verify": "verify:|aio:{disk}",
     "qcow2": "qcow2:{disk}",
     "qcow2-subclusters": "qcow2:{disk}",
@@ -128,7 +130,7 @@ def make_place(env: Env, name: str, disk: Path, memory: Path) -> Place:
     if "{server}" in CHAINS[name]:
         server = serve(name, image)
         return Place(env, CHAINS[name].format(server=server.path), image, server)
-    return Place(env, CHAINS[name].format(disk=image, memory=image), image)
+    return Place(env, CHAINS[name].format(disk=image, memory=image, cache=disk / "cache"), image)
 
 
 @pytest.fixture
