@@ -21,7 +21,9 @@ so does write-zeroes, which writes no data. The batmap is never wrong, and compl
 Bitmaps and BAT are written at a flush, in an order that leaves at most unused blocks at the end after a crash or
 power loss. Memory is bounded: 16 MiB of bitmaps, and 5 bytes a block.
 
-Limits: disks up to 2040 GiB. A dynamic image on a block device is read-only. An image whose BAT names places that
+On a block device, as XenServer has them, blocks are added up to the footer at its end; then writes get ENOSPC.
+
+Limits: disks up to 2040 GiB. An image whose BAT names places that
 are not in the file, or overlap, is not opened for writing. A block that was once allocated stays. tapdisk's images
 of version 0.1 (bitmaps of another bit order) are refused. XenServer's own tools want sizes that are multiples of
 2 MiB.

@@ -8,6 +8,9 @@ A block comes to lie where the footer was: until the commit the copy at the star
 this order the BAT points at no block whose bitmap is not there, no bit is set for data that is not there, and the
 batmap calls no block full that is not: at worst blocks at the end of the file are leaked.
 
+On a block device the footer stays at its end, blocks are added behind the last one, and their places do not read
+as zeroes.
+
 A block stays where it is. Discarded sectors are holes in the file, and absent if nothing shows through then: QEMU
 does not look at the bits, so without a parent what is absent has to be zero in the file, too. What becomes full
 gets into the batmap when the image is closed.
@@ -41,21 +44,25 @@ KEEP, PRESENT, ABSENT = range(3)
 
 
 class VhdWriter(Writer):
-    """Of a dynamic or differencing image. `in_batmap` are the blocks that the file's batmap calls full."""
+    """Of a dynamic or differencing image. `in_batmap` are the blocks that the file's batmap calls full; `end` is
+    where the next block may lie."""
 
     driver: VhdDriver
 
-    def __init__(self, driver: VhdDriver, mapping: Mapping, image: Image, in_batmap: bytearray) -> None:
+    def __init__(
+        self, driver: VhdDriver, mapping: Mapping, image: Image, in_batmap: bytearray, end: int
+    ) -> None:
         super().__init__(driver, mapping.bitmaps, unit_bytes=mapping.unit_bytes, piece_bytes=SECTOR_BYTES,
                          table_bytes=mapping.unit_bytes)
         self.mapping = mapping
         self.image = image
         self.in_batmap = in_batmap
         self.batmap_dirty = False
-        self.end = self.footer_at = round_up(image.end_bytes)
-        """Where the footer belongs, and where the last commit has it."""
+        self.on_device = driver.file.is_device
+        self.end = self.footer_at = round_up(end)
+        """Where the footer belongs in a file, and where the last commit has it."""
         self._free: list[int] = []
-        """Places of blocks in the file that hold zeroes."""
+        """Places of blocks that were given up, and in a file hold zeroes."""
 
     # Plan
 
@@ -92,6 +99,10 @@ class VhdWriter(Writer):
         keeps = shows_backing or request.flags & NO_HOLE
         return Unit(guest, first, last, host, entry=KEEP if keeps else ABSENT)
 
+    def writes_zeroes(self, request: Request) -> bool:
+        """A new block is no way to zeroes where it does not read as such."""
+        return self.on_device and self.driver.backing_bytes(request.offset, request.length) > 0
+
     # Tables, allocate
 
     def make_table(self, index: int) -> None:
@@ -99,26 +110,36 @@ class VhdWriter(Writer):
 
     def allocate(self, units: list[Unit]) -> None:
         for unit in units:
-            unit.host, unit.fresh = self._take() + self.mapping.bitmap_bytes, True
+            unit.host, unit.fresh = self._take() + self.mapping.bitmap_bytes, not self.on_device
 
     def _take(self) -> int:
-        """The place of a block, which reads as zeroes."""
+        """The place of a block; in a file it reads as zeroes. ImageError if there is none."""
+        self._check_room()
         if self._free:
             return self._free.pop()
-        self._check_room()
-        bitmap_bytes = self.mapping.bitmap_bytes
-        place = round_up(self.end + bitmap_bytes, ALIGN_BYTES) - bitmap_bytes
+        place = self._next_place()
         self.end = place + self.mapping.header.stride_bytes
-        self.mapping.grow_to(self.end)
+        if not self.on_device:
+            self.mapping.grow_to(self.end)
         return place
 
+    def _next_place(self) -> int:
+        bitmap_bytes = self.mapping.bitmap_bytes
+        return round_up(self.end + bitmap_bytes, ALIGN_BYTES) - bitmap_bytes
+
     def _check_room(self) -> None:
-        """ImageError if there is none for another block."""
-        if not self._free and self.end > MAX_FILE_BYTES - ALIGN_BYTES:
-            raise ImageError("the file is as long as a VHD can be", errno=errno.ENOSPC)
+        """ImageError if there is none for another block: on the device, or for its sector's number in the BAT."""
+        stride = self.mapping.header.stride_bytes
+        limit = self.image.end_bytes if self.on_device else MAX_FILE_BYTES + stride - SECTOR_BYTES
+        if not self._free and self._next_place() + stride > limit:
+            raise ImageError("there is no room for another block", errno=errno.ENOSPC)
 
     def give_up(self, unit: Unit) -> None:
-        self.durable.drop([unit.host - self.mapping.bitmap_bytes])
+        place = unit.host - self.mapping.bitmap_bytes
+        if self.on_device:
+            self._free.append(place)
+        else:
+            self.durable.drop([place])
 
     def release(self, places: list[int]) -> Steps:
         """Zero them, and take them again."""
@@ -161,7 +182,7 @@ class VhdCommit(Commit):
         mapping = writer.mapping
         first: list[Write] = []
         self._former_footer_at, writer.footer_at = writer.footer_at, writer.end
-        if writer.footer_at != self._former_footer_at:
+        if writer.footer_at != self._former_footer_at and not writer.on_device:
             first.append((writer.footer_at, writer.image.footer.pack()))
         self._batmap, writer.batmap_dirty = writer.batmap_dirty, False
         if self._batmap:

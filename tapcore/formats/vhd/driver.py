@@ -22,6 +22,7 @@ from tapcore.formats.vhd.layout import (
 )
 from tapcore.formats.vhd.load import (
     batmap_writes,
+    end_of_blocks,
     find_overlaps,
     find_parent,
     load_full_blocks,
@@ -73,20 +74,19 @@ class VhdDriver(WritableDriver):
             raise ImageError(f"is damaged: {'; '.join(image.damages)}", errno=errno.EINVAL, path=file.path,
                              hint="repair it with td-img check --repair")
         if not file.read_only:
-            if file.is_device:
-                raise ImageError("a dynamic VHD on a block device is read-only here", errno=errno.EOPNOTSUPP,
-                                 path=file.path, hint="open it read-only, or copy it into a file")
             faults = find_overlaps(image, table, image.end_bytes)
             if faults:
                 raise ImageError(faults[0], errno=errno.EINVAL, path=file.path, offset=image.header.table_offset,
                                  hint="look at it with td-img check; it can be opened read-only")
-            if image.footer.disk_type == DIFFERENCING:
-                find_parent(file.path, file, image, self.name)  # what is refused for its parent is not repaired
-            repair_copies(file, image, full)
         mapping = Mapping(image.header, table, full, image.end_bytes)
         self.start_reading(file, mapping)
         if not file.read_only:
-            self.start_writing(VhdWriter(self, mapping, image, bytearray(full)))
+            end = end_of_blocks(image, table) if file.is_device else image.end_bytes
+            self.start_writing(VhdWriter(self, mapping, image, bytearray(full), end))
+
+    def begin(self) -> None:
+        if self.writable and isinstance(self.mapping, Mapping):
+            repair_copies(self.file, self.image, self.mapping.full)
 
     def get_parent_id(self) -> ParentId | None:
         if self.image.footer.disk_type != DIFFERENCING:

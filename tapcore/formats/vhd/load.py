@@ -88,7 +88,7 @@ def _load_footer(file: ImageFile) -> Image:
     if last is not None and (last.disk_type == FIXED or last == copy):
         return Image(last, end_bytes=end)
     if copy is not None and copy.disk_type != FIXED and fault != OUT_OF_USE:
-        return Image(copy, end_bytes=round_up(size),
+        return Image(copy, end_bytes=size - FOOTER.size if file.is_device else round_up(size),
                      damages=[f"the footer at the end: {fault or 'differs from its copy'}"])
     if last is not None:
         return Image(last, end_bytes=end, damages=[f"the footer's copy at the start: {copy_fault or 'is fixed'}"])
@@ -243,7 +243,7 @@ def find_parent(path: str, file: ImageFile, image: Image, driver: str) -> Parent
         parent = str(Path(path).parent / name)
         if not parent.startswith("/"):
             parent = "./" + parent  # a driver's path begins with one of these
-        if parent in tried or "\0" in parent or not Path(parent).exists():
+        if parent in tried or not _is_there(parent):
             tried.append(parent)
             continue
         tried.append(parent)
@@ -258,6 +258,14 @@ def find_parent(path: str, file: ImageFile, image: Image, driver: str) -> Parent
                   "restore the parent, or name another with td-img rebase")
     raise bad(path, f"its parent is not there; tried: {', '.join(dict.fromkeys(tried)) or 'it names none'}",
            image.footer.data_offset, errno.ENOENT, "name the parent with td-img rebase")
+
+
+def _is_there(path: str) -> bool:
+    try:
+        Path(path).stat()
+    except (OSError, ValueError):  # missing, not allowed, too long, not text
+        return False
+    return True
 
 
 def _names(file: ImageFile, header: Header) -> list[str]:

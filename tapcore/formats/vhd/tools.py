@@ -90,7 +90,7 @@ class VhdTools(ImageTools):
     def set_backing(cls, path: str, backing: Backing | None) -> None:
         """Without a backing the image becomes a dynamic one; its id stays."""
         parent = look_at_parent(path, backing.path, backing.driver) if backing else None
-        file, image = _open(path)
+        file, image = _open_file(path)
         try:
             if image.header is None:
                 raise ImageError("a fixed VHD has no backing file", errno=errno.EINVAL, path=path)
@@ -117,7 +117,7 @@ class VhdTools(ImageTools):
     @classmethod
     def resize(cls, path: str, size_bytes: int, *, shrink: bool = False) -> None:
         check_size(size_bytes)
-        file, image = _open(path)
+        file, image = _open_file(path)
         try:
             former = image.size_bytes
             if size_bytes < former and not shrink:
@@ -147,9 +147,6 @@ def _open(path: str) -> tuple[ImageFile, Image]:
     try:
         image = load_image(file)
         if image.header is not None:
-            if file.is_device:
-                raise ImageError("a dynamic VHD on a block device is not changed here", path=path,
-                                 errno=errno.EOPNOTSUPP)
             full = load_full_blocks(file, image)
             faults = find_overlaps(image, load_table(file, image), image.end_bytes)
             if faults:
@@ -159,6 +156,16 @@ def _open(path: str) -> tuple[ImageFile, Image]:
     except BaseException:
         file.close()
         raise
+
+
+def _open_file(path: str) -> tuple[ImageFile, Image]:
+    """As `_open`, but refuses a block device, at whose end there is no room for more."""
+    file, image = _open(path)
+    if file.is_device:
+        file.close()
+        raise ImageError("the size and the backing of a VHD on a block device are not changed here", path=path,
+                         errno=errno.EOPNOTSUPP, hint="copy it into a file")
+    return file, image
 
 
 # Description
@@ -249,9 +256,6 @@ def _set_size(footer: Footer, size_bytes: int) -> None:
 
 
 def _resize_fixed(file: ImageFile, image: Image, size_bytes: int) -> None:
-    if file.is_device:
-        raise ImageError("is on a block device: its size is not changed here", path=file.path,
-                         errno=errno.EOPNOTSUPP)
     former = image.size_bytes
     _set_size(image.footer, size_bytes)
     _store_footers(file, image, size_bytes)

@@ -76,6 +76,8 @@ def windows(path: str) -> bytes:
     [(MACX, b"file:{path}")],
     [(WI2R, b".\\base.vhd")],
     [(W2RU, windows(".\\gone.vhd")), (MACX, b"file://./base.vhd")],
+    [(MACX, b"file://./" + b"a" * 300), (W2RU, windows("base.vhd\\b")), (W2KU, windows("C:\\base.vhd"))],
+    [(MACX, b"file://./\xff%00\xfe"), (W2RU, b"\0\xd8\x01"), (W2KU, windows("C:\\base.vhd"))],
     [(b"Abcd", b"?"), (MACX, b"http://x/base.vhd"), (W2KU, windows("D:\\base.vhd"))],
 ])
 def test_ways_to_the_parent(env: Env, child: Path, found: list[tuple[bytes, bytes]]) -> None:
