@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import random
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from contract.runner import Runner
@@ -14,8 +16,10 @@ from support import need
 
 from tapcore.driver import Env, OpenFlag
 from tapcore.drivers.vmdk import Vmdk
+from tapcore.formats.imagefile import ImageFile
 from tapcore.formats.tools import Backing
 from tapcore.formats.vmdk.check import check
+from tapcore.formats.vmdk.create import create
 from tapcore.formats.vmdk.tools import VmdkTools
 
 
@@ -106,3 +110,42 @@ def test_no_write_is_there_before_the_content_id_has_changed(env: Env, tmp_path:
             if any(data[at : at + SECTOR] in left for at in range(0, size, SECTOR)):
                 crashed.write_bytes(left)
                 assert VmdkTools.describe(str(crashed))["cid"] != cid, (cut, seed)
+
+
+class Watched(ImageFile):
+    """Says in which order its files are written and made durable."""
+
+    events: ClassVar[list[tuple[str, str]]] = []
+
+    def write_inline(self, iov: Sequence[memoryview], offset: int) -> int:
+        self.events.append((Path(self.path).name, "data"))
+        return super().write_inline(iov, offset)
+
+    def write(self, iov: Sequence[memoryview], offset: int, length: int, *, fua: bool = False) -> int:
+        self.events.append((Path(self.path).name, "write"))
+        return super().write(iov, offset, length, fua=fua)
+
+    def sync(self) -> int:
+        self.events.append((Path(self.path).name, "sync"))
+        return super().sync()
+
+
+class Watching(Vmdk):
+    name = "vmdk-watched"
+    file_kind = Watched
+
+
+def test_the_descriptor_is_durable_before_an_extent_gets_data(env: Env, tmp_path: Path) -> None:
+    create(str(tmp_path / "a.vmdk"), 1 << 20, subformat="twoGbMaxExtentSparse", split_bytes=1 << 19)
+    Watched.events.clear()
+    runner = Runner(env, f"vmdk-watched:{tmp_path}/a.vmdk")
+    assert runner.write((1 << 19) - 512, b"x" * 1024) == 0 and runner.flush() == 0
+    runner.close()
+    events = Watched.events
+    first = min(events.index((f"a-s00{number}.vmdk", "data")) for number in (1, 2))
+    begun = {(name, what) for name in ("a.vmdk", "a-s001.vmdk", "a-s002.vmdk") for what in ("write", "sync")}
+    assert set(events[:first]) == begun
+    assert events.index(("a.vmdk", "write")) < events.index(("a.vmdk", "sync"))
+    for number in (1, 2):
+        own = [what for name, what in events[first:] if name == f"a-s00{number}.vmdk"]
+        assert own[:6] == ["data", "sync", "write", "sync", "write", "sync"], "data, redundant tables, tables"
