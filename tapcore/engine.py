@@ -142,14 +142,14 @@ class Engine:
             disk.server.drop(vbd)
             if disk.server is not self._shared:
                 disk.server.close()
-            logs = [log.log_name for log in disk.logs] if forget_logs else []
+            logs = [(log.log_name, log.sidecar_path) for log in disk.logs] if forget_logs else []
             vbd.close(lambda: closed(logs))
 
-        def closed(logs: list[str]) -> None:
+        def closed(logs: list[tuple[str, Path | None]]) -> None:
             failure = None
             try:
-                for log_name in logs:
-                    forget(self._env.run_dir, log_name)
+                for log_name, sidecar_path in logs:
+                    forget(self._env.run_dir, log_name, sidecar_path)
             except (WritelogError, OSError) as error:
                 failure = ControlError(f"disk {disk.name!r} is closed, but its logs are still there: {error}")
             unlock_name(self._env.run_dir, disk.name, disk.lock_fd)

@@ -5,46 +5,27 @@
 
 It is there before a hand-over is answered, and every tapdisk that opens the image for writing, with whatever
 chain, heeds it: the disk is paused until somebody forces it to go on, which removes the file. That the file exists
-is what counts; its first line says why. Beside a block device nothing can be kept: its fence is in the state
-directory ($TAPDISK_STATE_DIR, or /var/lib/tapdisk), under the device's path with '_' for '/'.
-
-An image is known by its path, symbolic links resolved; a device by the path that it was opened with, since what
-that leads to changes from boot to boot. Everything here blocks, for as long as a flush of a disk takes.
+is what counts; its first line says why. Everything here blocks, for as long as a flush of a disk takes.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
-import stat
-from pathlib import Path
 from typing import Final
 
+from tapcore.beside import beside
 from tapcore.durablefile import remove_file, replace_file
 from tapcore.errors import ImageError, image_error
 
 SUFFIX: Final = ".fenced"
 MAX_BYTES: Final = 4096
 """Of the file, as far as it is read."""
-STATE_DIR_VARIABLE: Final = "TAPDISK_STATE_DIR"
-
-
-def fence_path(image: str) -> Path:
-    """Where the fence of an image is, if there is one. ImageError if the image cannot be looked at."""
-    try:
-        is_device = stat.S_ISBLK(Path(image).stat().st_mode)
-    except OSError as error:
-        raise image_error(error, image, "look at the image") from error
-    if is_device:
-        folder = Path(os.environ.get(STATE_DIR_VARIABLE) or "/var/lib/tapdisk")
-        return folder / (str(Path(image).absolute()).strip("/").replace("/", "_") + SUFFIX)
-    return Path(os.path.realpath(image) + SUFFIX)
 
 
 def read(image: str) -> str | None:
     """Why the image is fenced, or None if it is not. One whose fence cannot be looked at counts as fenced."""
     try:
-        path = fence_path(image)
+        path = beside(image, SUFFIX)
         with path.open("rb") as file:
             text = file.read(MAX_BYTES)
     except FileNotFoundError:
@@ -60,7 +41,7 @@ def read(image: str) -> str | None:
 def write(image: str, why: str) -> None:
     """Fence the image, durably. ImageError, and no fence, if that cannot be done; one that cannot be taken away
     again either is named in the error."""
-    path = fence_path(image)
+    path = beside(image, SUFFIX)
     line = " ".join(why.split())
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -77,7 +58,7 @@ def write(image: str, why: str) -> None:
 
 def clear(image: str) -> None:
     """Take the fence away, durably, if there is one. ImageError if that cannot be done."""
-    path = fence_path(image)
+    path = beside(image, SUFFIX)
     try:
         if path.exists():
             remove_file(path)

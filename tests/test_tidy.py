@@ -27,6 +27,7 @@ tapcore.layout
 tapcore.text
 writelog
 --
+tapcore.beside
 tapcore.bucket
 tapcore.durablefile
 tapcore.fence
@@ -44,17 +45,20 @@ tapcore.throttle
 tapcore.unixsocket
 tapcore.watchdog
 tapcore.workers
+writelog.activity
 writelog.bitmap
 writelog.control
 writelog.dirtymap
 writelog.backlog
 writelog.heat
 writelog.pace
+writelog.generations
 writelog.plan
 writelog.planner
 writelog.simulate
 writelog.ring
 writelog.shm
+writelog.sidecar_layout
 writelog.wire
 --
 tapcore.blockcache
@@ -72,10 +76,13 @@ tapcore.uring
 tapcore.writewatch
 writelog.client
 writelog.logconn
+writelog.logcontext
 writelog.logexport
+writelog.logjournal
 writelog.logstore
 writelog.logstream
 writelog.server
+writelog.sidecar
 --
 tapcore.chain
 tapcore.formats.qcow2.resize
@@ -117,6 +124,7 @@ PURE = [
     "writelog.wire", "writelog.plan", "writelog.planner", "writelog.simulate",
     "writelog.backlog", "writelog.heat", "writelog.pace",
     "writelog.ring", "tapcore.bucket",
+    "writelog.generations", "writelog.sidecar_layout", "writelog.activity",
     "writelog.control", "writelog.dirtymap", "writelog.bitmap", "tapcore.formats.extents",
     "tapcore.formats.tables", "tapcore.formats.qcow2.layout", "tapcore.formats.qcow2.mapping",
     "tapcore.formats.qcow2.packed", "tapcore.formats.qcow2.refcounts", "tapcore.formats.qcow2.subclusters",

@@ -216,9 +216,15 @@ class LogClient:
         """Forget all that is dirty, unseen; not what is leased, and not blocks with a write in flight."""
         self._call(Message(CLEAR))
 
-    def fill(self) -> None:
-        """Every block of the disk is dirty: the start of a full resync."""
-        self._call(Message(CLEAR, Version.LEASES, ClearOp.FILL))
+    def fill(self) -> int:
+        """Every block of the disk is dirty: the start of a full resync. Returns the new base of the log, which is
+        the name of the copy that lacks all of this; what is committed from now on, it has."""
+        return self._call(Message(CLEAR, Version.LEASES, ClearOp.FILL))["next_sector"]
+
+    def adopt(self, base: int) -> None:
+        """What is committed from now on, the copy at `base` has. LogError (ESTALE) if that is not the log's base:
+        then what is dirty does not say what the copy lacks."""
+        self._call(Message(CLEAR, Version.LEASES, ClearOp.ADOPT, sector=base))
 
     def _look(self, message: Message, offset: int, stop: int | None) -> tuple[dict[str, int], int | None]:
         """Send `message` for [offset, stop), or up to the end of the disk; its RESULT, and where to go on."""

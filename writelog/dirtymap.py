@@ -28,7 +28,7 @@ byte-aligned (see `writelog.bitmap`), and a `peek` or `take` costs the loop a fr
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from bitarray import bitarray
 from bitarray.util import any_and, zeros
@@ -120,6 +120,8 @@ class DirtyMap:
         """
         self.mark = dirty.mark
         """What a write calls with its offset and length when it is submitted."""
+        self.cleared: Callable[[int, int], None] = lambda first, stop: None
+        """Called with the blocks [first, stop) after bits of theirs were cleared in both bitmaps."""
         self.leases: dict[int, Lease] = {}
         self._touched: Bitmap | None = None
         self._last_lease_id = 0
@@ -202,6 +204,7 @@ class DirtyMap:
         for base, mask in lease.remove(first, stop):
             taken = self.taken.view(base, base + len(mask))
             taken &= ~mask
+            self.cleared(base, min(base + len(mask), self.blocks))
 
     def reclaim(self, lease: Lease, first: int, stop: int) -> None:
         """What `lease` holds of the blocks [first, stop) is dirty again."""
@@ -225,6 +228,7 @@ class DirtyMap:
                 bits[start:first] = 0
             start = max(start, after)
         bits[start:] = 0
+        self.cleared(0, self.blocks)
 
     def extents(self, offset: int, length: int, limit: int) -> list[tuple[int, bool]]:
         """(length in bytes, dirty or leased?) of the extents from byte `offset` on, consecutive and alternating.

@@ -12,14 +12,11 @@ import logging
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Generator
-from dataclasses import dataclass, field, replace
+from collections.abc import Generator
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
-from tapcore.driver import Driver
 from tapcore.errors import LogError, ProtocolError
-from tapcore.loop import Loop
 from tapcore.request import BACKGROUND, READ, Request
 from writelog.bitmap import SECTOR_BYTES
 from writelog.control import (
@@ -33,14 +30,15 @@ from writelog.control import (
     SHMP,
     ClearOp,
     Decoder,
-    Figures,
     GetOp,
     Message,
     PeekOp,
     Version,
     encode_shmp_reply,
 )
-from writelog.dirtymap import WINDOW_BLOCKS, DirtyMap, Lease
+from writelog.dirtymap import WINDOW_BLOCKS, Lease
+from writelog.generations import new_id
+from writelog.logcontext import Begin, LogContext, Steps
 from writelog.logexport import export_ranges, export_touched, listed
 from writelog.ring import BackRing, Extent, is_valid
 from writelog.shm import (
@@ -48,7 +46,6 @@ from writelog.shm import (
     COOKIE_WORD,
     EXPORT_BYTES,
     Region,
-    region_name,
     unlink_shared,
 )
 
@@ -62,49 +59,7 @@ MAX_UNSENT_BYTES = 4096
 """Replies not yet sent, above which no further message is answered."""
 RECEIVE_BYTES = 4096
 
-Job = Generator[None, None, bytes]
-
-
-@dataclass
-class LogContext:
-    """What the connections of one log share."""
-
-    loop: Loop
-    map: DirtyMap
-    lower: Driver
-    """The level below the log: what the ring reads."""
-    run_dir: Path
-    name: str
-    generation: int
-    holder: Connection | None = None
-    """The one that has taken or filled by a version 1 message: until it ends, others only look."""
-    watcher: Connection | None = None
-    """The one for which written chunks are noted down."""
-    connections: set[Connection] = field(default_factory=set)
-    """All that still have a client or reads in flight."""
-    reads: int = 0
-    """Ring reads in flight, of all connections."""
-    quiescing: bool = False
-    """No more reads are started."""
-    reads_ended: list[Callable[[], None]] = field(default_factory=list)
-    """Called once, when `reads` becomes 0."""
-    regions_made: int = 0
-
-    def new_region(self) -> Region:
-        self.regions_made += 1
-        return Region.create(region_name(self.run_dir, self.name, self.regions_made))
-
-    def figures_steps(self) -> Generator[None, None, Figures]:
-        """The figures, counted a window at a time."""
-        dirty = leased = 0
-        for start in range(0, self.map.blocks, WINDOW_BLOCKS):
-            dirty += self.map.dirty.bits.count(1, start, start + WINDOW_BLOCKS)
-            leased += self.map.taken.bits.count(1, start, start + WINDOW_BLOCKS)
-            yield
-        return Figures(
-            granularity_bytes=self.map.dirty.granularity_bytes, sectors=self.map.sectors,
-            generation=self.generation, dirty_blocks=dirty, leased_blocks=leased,
-            in_flight=len(self.map.in_flight), clients=len(self.connections), leases=len(self.map.leases))
+Job = Generator[Begin | None, None, bytes]
 
 
 class Connection:
@@ -118,6 +73,10 @@ class Connection:
         self._messages: deque[Message] = deque()
         self._job: Job | None = None
         self._work_is_due = False
+        self._waits = False
+        """The job goes on when something has ended that is under way."""
+        self._adopted = 0
+        """The base whose copy this client speaks for."""
         self._unsent = bytearray()
         self._kick_unsent_bytes = 0
         """From the front of `_unsent` to the end of the kick in it; 0 if there is none."""
@@ -220,10 +179,10 @@ class Connection:
 
     def _work(self) -> None:
         """Answer messages for the time of one turn, and come back next turn if there is more."""
-        if self._work_is_due:
+        if self._work_is_due or self._waits:
             return
         deadline_s = time.monotonic() + TURN_S
-        while not self._closed:
+        while not (self._closed or self._waits):
             if self._job is not None:
                 self._continue_job(self._job)
             elif self._messages and len(self._unsent) <= MAX_UNSENT_BYTES:
@@ -247,13 +206,21 @@ class Connection:
 
     def _continue_job(self, job: Job) -> None:
         try:
-            next(job)
+            begin = next(job)
         except StopIteration as end:
             self._job = None
             self._unsent += end.value
         except Exception:
             self.close()
             raise
+        else:
+            if begin is not None:
+                self._waits = True
+                begin(self._waited)
+
+    def _waited(self) -> None:
+        self._waits = False
+        self._context.loop.call_soon(self._work)
 
     def _answer(self, message: Message) -> Job:
         """Carry out one message a step at a time; returns the reply."""
@@ -289,7 +256,14 @@ class Connection:
         if message.version != Version.ORIGINAL:
             context.holder = self
 
-    def _answer_original(self, message: Message, region: Region) -> Generator[None, None, None]:
+    def _speak_for_base(self) -> Steps:
+        """To be called before bits are cleared: if it is not for the copy at the base, there is no base any
+        more."""
+        ids = self._context.store.generations
+        if ids.base not in (0, self._adopted):
+            yield from self._context.rename(ids.with_base(0))
+
+    def _answer_original(self, message: Message, region: Region) -> Steps:
         """The original's messages. `getw` is a lease that lasts until its reply: if tapdisk or the client dies
         before, nothing is lost."""
         blocks = self._map.blocks
@@ -299,14 +273,16 @@ class Connection:
             lease = self._map.open_lease()
             try:
                 yield from export_ranges(region, partial(self._map.take, lease), 0, blocks)
+                yield from self._speak_for_base()
                 self._map.commit(lease, 0, blocks)
             finally:
                 self._map.close_lease(lease)
         else:
             assert message.command == CLEAR
+            yield from self._speak_for_base()
             self._map.clear()
 
-    def _answer_version_1(self, message: Message, region: Region) -> Generator[None, None, None]:
+    def _answer_version_1(self, message: Message, region: Region) -> Steps:
         if message.command == PEEK and message.op == PeekOp.FIGURES:
             figures = yield from self._context.figures_steps()
             encoded = figures.encode()
@@ -329,8 +305,18 @@ class Connection:
             region.put_result(lease=lease.id, count=count, next_sector=self._cursor(following, stop))
         elif message.op == ClearOp.FILL:
             self._map.dirty.fill()
+            base = new_id()
+            yield from self._context.rename(self._context.store.generations.with_base(base), all_dirty=True)
+            self._adopted = base
+            region.put_result(next_sector=base)
+        elif message.op == ClearOp.ADOPT:
+            if message.sector == 0 or message.sector != self._context.store.generations.base:
+                raise LogError("the log counts for another copy", errno=errno.ESTALE)
+            self._adopted = message.sector
             region.put_result()
         else:
+            if message.op == ClearOp.COMMIT:
+                yield from self._speak_for_base()
             self._settle(message)
             region.put_result(lease=message.lease)
 

@@ -1,4 +1,5 @@
-"""The bitmaps of one log in shared memory that outlives the process.
+"""What one log knows: the bitmaps in shared memory that outlives the process, and the side-car that outlives the
+host.
 
     0       HEADER, one page
     4096    the dirty bitmap, rounded up to a page
@@ -8,6 +9,11 @@ One process has it at a time: an flock on the shared memory, which the kernel dr
 at opening is kept if it describes the same disk: size, granularity, and `identity`, which tells two disks apart
 whose logs have the same name. Otherwise nothing is known about the disk any more, and every block is dirty.
 A log that did not exist starts empty, under a new generation number.
+
+Both carry a random *pairing*. If it is the same, the memory is as exact as when the last process ended, however
+that was, and counts. If not, the host was started anew, or the image was elsewhere: then the side-car counts, with
+all its hot extents dirty, and what else is marked in the memory besides. Where there was no side-car yet one is
+made. The ids (writelog.generations) are in both as well; should a crash leave them different, `base` is given up.
 """
 
 from __future__ import annotations
@@ -18,12 +24,23 @@ import hashlib
 import logging
 import mmap
 import os
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+
+from bitarray import bitarray
 
 from tapcore.errors import LogError
 from tapcore.layout import Layout
+from tapcore.loop import Loop
+from tapcore.text import size_text
+from tapcore.workers import Workers
+from writelog import sidecar
+from writelog.activity import DEFAULT_HOT, Activity, Resume
 from writelog.bitmap import SECTOR_BYTES, Bitmap, bitmap_bytes, check_granularity
 from writelog.dirtymap import DirtyMap
+from writelog.generations import Generations, decode_names, encode_names, new_id
+from writelog.logjournal import Journal
 from writelog.shm import (
     SHM_DIR,
     allocate,
@@ -33,27 +50,33 @@ from writelog.shm import (
     remove_stale_regions,
     unlink_shared,
 )
+from writelog.sidecar import Sectors, Sidecar
+from writelog.sidecar_layout import EXTENT_BYTES, SECTOR_BITS, Flag, Record, sector_count
 
 logger = logging.getLogger(__name__)
 
 PAGE_BYTES = 4096
 HEADER = Layout(
     "log bitmap header", "<",
-    "magic:8s version:I granularity_bytes:I size_bytes:Q generation:Q identity:16s :16x", size=64)
+    "magic:8s version:I granularity_bytes:I size_bytes:Q generation:Q identity:16s "
+    "pairing:Q current:Q base:Q history:64s", size=136)
 MAGIC = b"writelog"
-VERSION = 1
+VERSION = 2
 
 
 class LogStore:
-    """The open bitmaps, as a DirtyMap: `map`."""
+    """The open bitmaps, as a DirtyMap: `map`. `activity` is there if there is a side-car: who writes asks it
+    first, and calls `start_journal` before."""
 
     def __init__(
-        self, run_dir: Path, name: str, size_bytes: int, granularity_bytes: int, identity: str
+        self, run_dir: Path, name: str, size_bytes: int, granularity_bytes: int, identity: str,
+        sidecar_path: Path | None = None, hot: int = DEFAULT_HOT
     ) -> None:
-        """Attach to the bitmaps of the log `name`, or make them.
+        """Attach to the bitmaps of the log `name`, or make them, and to the side-car at `sidecar_path`, with at
+        most `hot` hot extents.
 
         LogError if the size is no multiple of a sector, another process has the log, the shared memory is not this
-        user's, or there is no room for it.
+        user's, there is no room for it, or the side-car cannot be used.
         """
         check_granularity(granularity_bytes)
         if size_bytes % SECTOR_BYTES:
@@ -61,6 +84,11 @@ class LogStore:
                            hint=f"its size has to be a multiple of {SECTOR_BYTES} bytes")
         self.name = bitmap_name(run_dir, name)
         self.generation = 0
+        self.generations = Generations(new_id())
+        self.activity: Activity | None = None
+        self.journal: Journal | None = None
+        self._sidecar: Sidecar | None = None
+        self._pairing = 0
         self._wanted = {
             "magic": MAGIC, "version": VERSION, "granularity_bytes": granularity_bytes, "size_bytes": size_bytes,
             "identity": _digest(identity)}
@@ -71,13 +99,18 @@ class LogStore:
             memory = memoryview(self._map)
             dirty = Bitmap(memory[PAGE_BYTES:], size_bytes, granularity_bytes)
             taken = Bitmap(memory[PAGE_BYTES + one_bytes :], size_bytes, granularity_bytes)
-            if self.generation == 0:
+            kept = self.generation != 0
+            if not kept:
                 self._start(dirty, taken, fresh)
             dirty.bits[dirty.blocks :] = 0
             taken.bits[taken.blocks :] = 0
             self.map = DirtyMap(dirty, taken)
+            if sidecar_path is not None:
+                self._join(sidecar_path, kept, hot)
             remove_stale_regions(run_dir, name)
         except BaseException:
+            if self._sidecar is not None:
+                self._sidecar.close()
             if fresh:
                 unlink_shared(self.name)
             fcntl.flock(self._fd, fcntl.LOCK_UN)
@@ -94,6 +127,8 @@ class LogStore:
         found = HEADER.unpack(self._map)
         if usable and all(found[field] == value for field, value in self._wanted.items()):
             self.generation = found["generation"]
+            self.generations = Generations(found["current"], found["base"], decode_names(found["history"]))
+            self._pairing = found["pairing"]
         elif not fresh:
             logger.warning("%s described another disk or was damaged: every block counts as dirty now; "
                            "log:NAME gives a log a name of its own", self.name)
@@ -104,37 +139,137 @@ class LogStore:
         taken.bits.setall(0)
         if not fresh:
             dirty.fill()
-        self.generation = int.from_bytes(os.urandom(8), "little") | 1
-        HEADER.pack_into(self._map, 0, generation=self.generation, **self._wanted)
+        self.generation = new_id()
+        self._put_header()
+
+    def _put_header(self) -> None:
+        names = self.generations
+        HEADER.pack_into(self._map, 0, generation=self.generation, pairing=self._pairing, current=names.current,
+                         base=names.base, history=encode_names(names.history), **self._wanted)
+
+    # The side-car
+
+    def _join(self, path: Path, kept: bool, hot: int) -> None:
+        """Bring memory and side-car together; `kept` says that the memory had something to say."""
+        size_bytes, granularity_bytes = self.map.dirty.size_bytes, self.map.dirty.granularity_bytes
+        found = Sidecar.open(path)
+        record = found.record if found is not None else None
+        if found is not None and record is not None and (
+                (record.size_bytes, record.granularity_bytes) == (size_bytes, granularity_bytes)):
+            self._sidecar = found
+            self._attach(found, record, kept)
+        else:
+            if found is not None:
+                logger.warning("%s: described another disk or was damaged: every block counts as dirty now", path)
+                found.close()
+                self.map.dirty.fill()
+            self._pairing = new_id()
+            self.generations = self.generations.with_base(0)
+            flags = Flag.OPEN | (Flag.EMPTY if found is None else Flag(0))
+            first = Record(granularity_bytes, size_bytes, 1, new_id(), flags, self._pairing, self.generation,
+                           self.generations, ())
+            self._sidecar = Sidecar.create(path, self.map.blocks, first, self._sectors())
+        assert self._sidecar.record is not None
+        self.activity = Activity(self.map, self._sidecar.record, hot)
+        if record is not None and record.flags & Flag.OPEN:
+            self.activity.cleared(0, self.map.blocks)
+        self._put_header()
+
+    def _attach(self, found: Sidecar, record: Record, kept: bool) -> None:
+        """Take over what a side-car of this disk says, and have it say that it is open."""
+        sectors: Sectors = ()
+        if kept and self._pairing == record.pairing:
+            same = self.generations == record.generations
+            self.generations = record.generations if same else record.generations.with_base(0)
+        else:
+            if not kept:
+                self.map.dirty.bits.setall(0)
+            unusable = found.load(self.map.dirty)
+            if record.flags & Flag.OPEN:
+                logger.warning("%s: was not closed, the host may have crashed: %s count as dirty in any case, and "
+                               "%d of %d sectors are damaged or out of date", found.path,
+                               size_text(len(record.hot) * EXTENT_BYTES), unusable, sector_count(self.map.blocks))
+            sectors = self._sectors() if kept else ()
+            self._pairing = new_id()
+            self.generation, self.generations = record.log_generation, record.generations
+        opened = replace(record, sequence=record.sequence + 1, flags=record.flags | Flag.OPEN,
+                         pairing=self._pairing, generations=self.generations)
+        if code := found.write(opened, sectors):
+            raise LogError(f"cannot write the side-car: {os.strerror(code)}", errno=code, path=str(found.path))
+
+    def _sectors(self) -> Sectors:
+        """All that have a bit set."""
+        out = []
+        for number in range(sector_count(self.map.blocks)):
+            first, stop = number * SECTOR_BITS, min((number + 1) * SECTOR_BITS, self.map.blocks)
+            if self.map.dirty.bits.find(1, first, stop) >= 0:
+                bits: bitarray = self.map.dirty.bits[first:stop]
+                out.append((number, bits.tobytes()))
+        return out
+
+    def start_journal(self, loop: Loop, workers: Workers, landed: Callable[[], None]) -> Journal | None:
+        """What makes the activity log durable; None without a side-car."""
+        if self.activity is not None:
+            assert self._sidecar is not None
+            self.journal = Journal(loop, workers, self._sidecar, self.activity, landed)
+            self.map.cleared = self.journal.cleared
+        return self.journal
+
+    @property
+    def sidecar_path(self) -> Path | None:
+        return self._sidecar.path if self._sidecar is not None else None
+
+    def change(self, generations: Generations, resume: Resume, *, all_dirty: bool = False) -> None:
+        """Make `generations` the ids of this log, durably, then `resume(0)`, or with an errno if that failed. With
+        `all_dirty` every block is dirty from then on; they are so in memory already."""
+        def landed(code: int) -> None:
+            if not code:
+                self.generations = generations
+                self._put_header()
+            resume(code)
+
+        if self.journal is None:
+            landed(0)
+        else:
+            self.journal.change(generations, landed, all_dirty=all_dirty)
 
     def set_identity(self, identity: str) -> None:
         """The disk is known by another `identity` from now on. A crash meanwhile makes every block dirty."""
         self._wanted["identity"] = _digest(identity)
-        HEADER.pack_into(self._map, 0, generation=self.generation, **self._wanted)
+        self._put_header()
 
     def close(self) -> None:
-        """Let another process have the log. What it knows stays in the shared memory."""
-        del self.map
-        fcntl.flock(self._fd, fcntl.LOCK_UN)
-        os.close(self._fd)
+        """Let another process have the log. What it knows stays in the shared memory, and in the side-car."""
         try:
-            self._map.close()
-        except BufferError:
-            logger.debug("%s stays mapped until its last user is gone", self.name)
+            if self.journal is not None:
+                self.journal.close()
+            elif self._sidecar is not None:
+                self._sidecar.close()
+        finally:
+            self.journal = self.activity = self._sidecar = None
+            del self.map
+            fcntl.flock(self._fd, fcntl.LOCK_UN)
+            os.close(self._fd)
+            try:
+                self._map.close()
+            except BufferError:
+                logger.debug("%s stays mapped until its last user is gone", self.name)
 
 
 def _digest(identity: str) -> bytes:
     return hashlib.blake2b(os.fsencode(identity), digest_size=16).digest()
 
 
-def forget(run_dir: Path, name: str) -> bool:
-    """Remove the bitmaps of the log `name` and what regions are left of it; False if there are none.
+def forget(run_dir: Path, name: str, sidecar_path: Path | None = None) -> bool:
+    """Remove the bitmaps of the log `name`, its side-car, and what regions are left of it; False if there are
+    none.
 
     LogError if a process has the log open.
     """
     shared = bitmap_name(run_dir, name)
+    removed = sidecar_path is not None and sidecar.remove(sidecar_path)
     if not Path(f"{SHM_DIR}{shared}").exists():
-        return False
+        return removed
     fd, _ = _open_locked(shared)
     try:
         remove_stale_regions(run_dir, name)

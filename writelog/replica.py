@@ -135,9 +135,10 @@ class Replica:
             export = self._nbd.listen(options.nbd) if options.nbd else ""
             self._server = ReplicaServer(self._env, self._vbd, export, keys=keys, authorized=authorized,
                                          peer_timeout_s=options.peer_timeout, on_end=self._on_end)
-            print(f"listening on {self._server.listen(options.listen)}", flush=True)
+            endpoint = self._server.listen(options.listen)
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, self._on_signal)
+            print(f"listening on {endpoint}", flush=True)
             self._loop.run()
         finally:
             if self._server is not None and not self._stopping:

@@ -17,8 +17,9 @@ from tapcore.driver import Driver
 from tapcore.errors import ControlError, LogError
 from tapcore.loop import Loop
 from writelog.control import Figures
-from writelog.dirtymap import DirtyMap
-from writelog.logconn import Connection, LogContext
+from writelog.logconn import Connection
+from writelog.logcontext import LogContext
+from writelog.logstore import LogStore
 from writelog.shm import socket_path
 
 logger = logging.getLogger(__name__)
@@ -34,12 +35,12 @@ class LogServer:
     """Listens from its making until `close`. `lower` is the level below the log, read by the rings."""
 
     def __init__(
-        self, loop: Loop, dirty_map: DirtyMap, lower: Driver, run_dir: Path, name: str, generation: int
+        self, loop: Loop, store: LogStore, lower: Driver, run_dir: Path, name: str
     ) -> None:
         """LogError if the socket cannot be made, or a live process serves it."""
         self.path = socket_path(run_dir, name)
         self._loop = loop
-        self._context = LogContext(loop, dirty_map, lower, run_dir, name, generation)
+        self._context = LogContext(loop, store, lower, run_dir, name)
         try:
             self._listener = unixsocket.listen(self.path)
         except ControlError as error:

@@ -143,6 +143,9 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Tapdisk]]:
     forget_logs(run_dir)
 
 
+during_write = "write = fence.write\ndef spoiled(*a):\n    {}\n    write(*a)\nfence.write = spoiled"
+
+
 def hand_over(tapdisk: Tapdisk) -> str | None:
     """Write, pause, hand over; the answer, None if the tapdisk died first."""
     with NbdClient(tapdisk.uri, timeout_s=TIMEOUT_S) as guest:
@@ -157,9 +160,9 @@ def hand_over(tapdisk: Tapdisk) -> str | None:
 
 
 @pytest.mark.parametrize(("prelude", "fenced"), [
-    ("fence.replace_file = die", False),
-    ("os.fsync = die", False),
-    ("durablefile.sync_folder = die", True),
+    (during_write.format("fence.replace_file = die"), False),
+    (during_write.format("os.fsync = die"), False),
+    (during_write.format("durablefile.sync_folder = die"), True),
     ("write = fence.write\ndef then_die(*a): write(*a); die()\nfence.write = then_die", True),
     ("", True),
 ])

@@ -187,10 +187,12 @@ def test_the_logs_name(env: Env, text: str, name: str) -> None:
 
 
 @pytest.mark.parametrize(("path", "name"), [
-    ("/vm/disk.img", "disk.img"), ("/vm/my disk:1.img,2", "my_disk_1.img_2"), (None, "64M")])
-def test_a_name_from_the_image_below(env: Env, path: str | None, name: str) -> None:
+    ("disk.img", "disk.img"), ("my disk:1.img,2", "my_disk_1.img_2"), (None, "64M")])
+def test_a_name_from_the_image_below(env: Env, tmp_path: Path, path: str | None, name: str) -> None:
     leaf = Hollow(env, MIB)
-    leaf.path = path
+    if path is not None:
+        (tmp_path / path).touch()
+        leaf.path = str(tmp_path / path)
     leaf.params = "64M"
     log = make(env, leaf, "")
     assert log.log_name == name
