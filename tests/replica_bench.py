@@ -12,7 +12,19 @@ from tapcore.driver import Env, OpenFlag
 from tapcore.vbd import Vbd
 from writelog import wire
 from writelog.replica_server import ReplicaServer
-from writelog.wire import Barrier, Data, Digest, Failure, Hello, Message, Refused, RunningDigest, Welcome, Zero
+from writelog.wire import (
+    Barrier,
+    Base,
+    Data,
+    Digest,
+    Failure,
+    Hello,
+    Message,
+    Refused,
+    RunningDigest,
+    Welcome,
+    Zero,
+)
 
 T = TypeVar("T", bound=Message)
 
@@ -27,6 +39,7 @@ class Peer:
     def __init__(self, env: Env, endpoint: str, session_id: bytes = bytes(16)) -> None:
         self.env = env
         self.id = session_id
+        self.base = 7
         self.seq = 0
         self.digest = RunningDigest()
         self.context = zmq.Context()
@@ -83,11 +96,14 @@ class Peer:
         return found[0]
 
     def hello(self, size_bytes: int = SIZE_BYTES, version: int = wire.VERSION) -> None:
-        self.send(Hello(version, self.id, size_bytes, "vm1"))
+        self.send(Hello(version, self.id, size_bytes, "vm1", self.base, False))
 
     def begin(self) -> Welcome:
         self.hello()
-        return self.expect(Welcome)
+        welcome = self.expect(Welcome)
+        if not welcome.resumed:
+            self.send(Base(self.base))
+        return welcome
 
     def is_welcome(self) -> bool:
         """Whether a HELLO is answered with WELCOME; False if it is refused."""

@@ -27,6 +27,7 @@ from writelog.replica_server import ReplicaServer
 from writelog.wire import (
     Ack,
     Barrier,
+    Base,
     Content,
     ContentDigest,
     Data,
@@ -62,7 +63,7 @@ class Script:
         self.memory = bytearray(SIZE_BYTES)
         self.connections = 0
         self.errors: list[BaseException] = []
-        self._known = b""
+        self.base = 0
         self._context = zmq.Context()
         self._socket = self._listen("tcp://127.0.0.1:0")
         self.endpoint = self._socket.get_string(zmq.LAST_ENDPOINT)
@@ -72,7 +73,7 @@ class Script:
 
     def forget(self) -> None:
         """As if started anew."""
-        self._known = b""
+        self.base = 0
         self.memory[:] = bytes(SIZE_BYTES)
 
     def close(self) -> None:
@@ -130,8 +131,10 @@ class Script:
         if isinstance(message, Hello):
             self.connections += 1
             self._digest = RunningDigest()
-            resumed, self._known = message.session == self._known, message.session
-            return Welcome(resumed, 64 << 20)
+            return Welcome(message.base != 0 and message.base == self.base, 64 << 20)
+        if isinstance(message, Base):
+            self.base = message.base
+            return None
         if isinstance(message, Data | Zero):
             self._digest.add(message)
             data = bytes(payload) if isinstance(message, Data) else bytes(message.length)

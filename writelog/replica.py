@@ -5,15 +5,18 @@ from __future__ import annotations
 import argparse
 import ctypes
 import logging
+import os
 import signal
+import stat
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Final
 
+from tapcore import fence
 from tapcore.chain import parse
-from tapcore.driver import Env
+from tapcore.driver import Env, leaf_of
 from tapcore.drivers.log import Log
 from tapcore.errors import UsageError, WritelogError
 from tapcore.loop import Loop
@@ -23,6 +26,7 @@ from tapcore.vbd import Vbd
 from tapcore.workers import Workers
 from writelog.replica_server import ReplicaServer
 from writelog.replica_session import CREDIT_BYTES
+from writelog.replica_state import SUFFIX, StateStore
 from writelog.sync_transport import check_endpoint, create_keys, load_authorized, load_keys
 from writelog.wire import MAX_DATA_BYTES
 
@@ -85,6 +89,9 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--insecure", action="store_true", help="listen beyond this machine without keys")
     parser.add_argument("--peer-timeout", type=some_seconds, default=10.0, metavar="S",
                         help="a sync that is silent for so long is gone (default: %(default)g s)")
+    parser.add_argument("--state", type=Path, metavar="FILE",
+                        help="where to keep what is known of the image, so that a sync goes on after a restart "
+                             f"(default: IMAGE{SUFFIX}, for an image that is a file)")
     parser.add_argument("--once", action="store_true",
                         help="exit after one sync: 0 if its copy was confirmed, 1 if not; a promoted disk "
                              "with --nbd is served until SIGTERM")
@@ -131,10 +138,13 @@ class Replica:
             self._env.run_dir = default_run_dir().absolute()
         self._vbd.open(options.chain)
         self._vbd.pause(lambda: None)
+        image = leaf_of(self._vbd.chain.head).path
         try:
+            store = self._open_store(image)
             export = self._nbd.listen(options.nbd) if options.nbd else ""
             self._server = ReplicaServer(self._env, self._vbd, export, keys=keys, authorized=authorized,
-                                         peer_timeout_s=options.peer_timeout, on_end=self._on_end)
+                                         peer_timeout_s=options.peer_timeout, on_end=self._on_end,
+                                         store=store, unfence=lambda: fence.clear(image) if image else None)
             endpoint = self._server.listen(options.listen)
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, self._on_signal)
@@ -148,6 +158,17 @@ class Replica:
                 self._vbd.close(lambda: None)
             self._workers.close()
         return self.status
+
+    def _open_store(self, image: str | None) -> StateStore:
+        """What is known of the image; UsageError if it is no replica any more."""
+        path: Path | None = self._options.state
+        if image and path is None and stat.S_ISREG(Path(image).stat().st_mode):
+            path = Path(os.path.realpath(image) + SUFFIX)
+        store = StateStore(path, Path(image) if image else None, self._vbd.info.size_bytes)
+        if store.state.promoted:
+            raise UsageError("this image was promoted: it is the primary, not a replica", path=image,
+                             hint=f"serve it with tapdisk; or remove {path} if it may be overwritten")
+        return store
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         """End in good order; a second signal ends it at once."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Final
 
 import zmq
@@ -23,6 +24,7 @@ from tapcore.loop import Timer
 from tapcore.vbd import Vbd
 from writelog.replica_apply import Applier
 from writelog.replica_session import OPEN, WAITING, Session
+from writelog.replica_state import State, StateStore
 from writelog.sync_transport import Gate, Keys, monitor_events, prepare, serve_curve
 from writelog.wire import VERSION, Failure, Hello, Message, Refusal, Refused, decode, encode
 
@@ -39,12 +41,14 @@ class ReplicaServer:
     """Serves syncs for `vbd`, which is open and paused; `export` is what PROMOTED tells.
 
     `on_end(succeeded)` is called when a session ended for good: released, promoted or failed, or gone for
-    `peer_timeout_s` after its link dropped.
+    `peer_timeout_s` after its link dropped. `store` keeps what must outlive the process. `unfence()` is called
+    at the promotion, before the disk runs.
     """
 
     def __init__(self, env: Env, vbd: Vbd, export: str = "", *, keys: Keys | None = None,
                  authorized: frozenset[bytes] = frozenset(), peer_timeout_s: float = 10.0,
-                 on_end: Callable[[bool], None] | None = None) -> None:
+                 on_end: Callable[[bool], None] | None = None, store: StateStore | None = None,
+                 unfence: Callable[[], None] = lambda: None) -> None:
         self.promoted = False
         self.endpoint = ""
         self._env = env
@@ -53,6 +57,9 @@ class ReplicaServer:
         self._on_end = on_end
         self._peer_timeout_s = peer_timeout_s
         self._applier = Applier(vbd.chain.head)
+        self._store = store or StateStore()
+        self._unfence = unfence
+        self._disk = ""
         self._session: Session | None = None
         self._identity = b""
         self._fd = -1
@@ -192,11 +199,12 @@ class ReplicaServer:
         if self._gone_timer is not None:
             self._gone_timer.cancel()
         self._applier.drop_queued()
-        resumed = hello.session == self._session_id
-        self._session_id = hello.session
+        known = hello.session == self._session_id
+        resumed = hello.base != 0 and hello.base == self._store.state.base
+        self._session_id, self._disk = hello.session, hello.disk
         session = Session(self._env.loop, self._applier, self._vbd.info.size_bytes,
-                          lambda message: self._send(identity, message), self)
-        if not resumed:
+                          lambda message: self._send(identity, message), self, resumed)
+        if not (known and resumed):
             self._confirmed = None
         elif self._confirmed is not None:
             session.resume_confirmed()
@@ -217,8 +225,14 @@ class ReplicaServer:
                            f"make the replica's image the same size: truncate -s {hello.size_bytes} IMAGE")
         if self._vbd.read_only:
             return Refused(Refusal.READ_ONLY, "the replica is read-only", "open its image for writing")
-        if self._session is not None and hello.session != self._session_id:
+        state = self._store.state
+        is_same = hello.session == self._session_id or (hello.base != 0 and hello.base == state.base)
+        if self._session is not None and not is_same:
             return Refused(Refusal.BUSY, "the replica is busy with another sync", "wait for it, or stop it")
+        if state.base not in (0, hello.base) and not hello.overwrite:
+            return Refused(Refusal.STRANGER, f"the replica holds a copy of disk {state.disk!r}, but none that the "
+                           "write log here knows of",
+                           "is it the right replica? --overwrite sends a full copy over what it holds")
         return None
 
     def _disconnected(self) -> None:
@@ -249,6 +263,9 @@ class ReplicaServer:
 
     # What a session tells
 
+    def session_based(self, base: int) -> None:
+        self._store.store(State(base, self._disk))
+
     def session_confirmed(self, digest: bytes | None) -> None:
         self._confirmed = digest
 
@@ -257,6 +274,8 @@ class ReplicaServer:
             raise ReplicationError("PROMOTE does not name the state that the replica confirmed",
                                    hint="nothing was promoted")
         if not self.promoted:
+            self._unfence()
+            self._store.store(replace(self._store.state, promoted=True))
             self.promoted = True
             self._clear_fence()
             self._vbd.resume()

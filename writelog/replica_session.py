@@ -23,6 +23,7 @@ from writelog.wire import (
     VERIFY_CHUNK_BYTES,
     Ack,
     Barrier,
+    Base,
     Content,
     ContentDigest,
     Data,
@@ -55,6 +56,9 @@ class Owner(Protocol):
 
     promoted: bool
 
+    def session_based(self, base: int) -> None:
+        """A copy begins anew: record it, durably. ReplicationError if that cannot be done."""
+
     def session_confirmed(self, digest: bytes | None) -> None:
         """The digest of the last barrier; None as soon as anything follows it."""
 
@@ -70,8 +74,10 @@ class Session:
     """`send` takes messages for the sync; `size_bytes` is the disk's."""
 
     def __init__(self, loop: Loop, applier: Applier, size_bytes: int, send: Callable[[Message], None],
-                 owner: Owner) -> None:
+                 owner: Owner, is_based: bool) -> None:
         self.state = WAITING
+        self._is_based = is_based
+        """Whether it is known what the extents make a copy of."""
         self.received_bytes = 0
         self._loop = loop
         self._applier = applier
@@ -131,6 +137,8 @@ class Session:
         elif isinstance(message, Zero):
             self._accept(message)
             self._applier.zero(message.offset, message.length, partial(self._ended_one, message))
+        elif isinstance(message, Base):
+            self._on_base(message)
         elif isinstance(message, Barrier):
             self._next_seq(message.seq)
             self._barrier = Digest(message.seq, self._digest.digest())
@@ -161,6 +169,12 @@ class Session:
 
     # Extents
 
+    def _on_base(self, message: Base) -> None:
+        if self._is_based or not message.base:
+            raise ProtocolError("BASE came where no copy begins")
+        self._owner.session_based(message.base)
+        self._is_based = True
+
     def _on_data(self, message: Data, payload: Buffer | None) -> None:
         assert payload is not None, "decode() sees to it"
         if checksum(payload) != message.checksum:
@@ -174,6 +188,8 @@ class Session:
         if message.offset + message.length > self._size_bytes:
             raise ProtocolError(f"an extent of {message.length} bytes goes beyond the disk's {self._size_bytes}",
                                 offset=message.offset)
+        if not self._is_based:
+            raise ProtocolError("an extent came before BASE", offset=message.offset)
         if self._owner.promoted:
             raise ReplicationError("the replica was promoted: it takes no extents any more", errno=errno.EPERM)
         self._next_seq(message.seq)

@@ -81,6 +81,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
                         help="a replica that is silent for so long is gone (default: %(default)g s)")
     parser.add_argument("--keep-running", action="store_true",
                         help="do all but hand over: the disk stays here, the replica keeps a consistent copy")
+    parser.add_argument("--overwrite", action="store_true",
+                        help="send a full copy, whatever else the replica holds")
     parser.add_argument("--verify", action="store_true",
                         help="compare the whole disks during the pause, which makes it much longer: both are read")
     parser.add_argument("--key", type=Path, metavar="FILE",
@@ -108,7 +110,8 @@ def run(options: argparse.Namespace) -> int:
     source = None
     try:
         source = Source(options.run_dir or default_run_dir(), options.disk, options.log)
-        sync = Sync(source, peer, limits, reporter, verify=options.verify, keep_running=options.keep_running)
+        sync = Sync(source, peer, limits, reporter, verify=options.verify, keep_running=options.keep_running,
+                    overwrite=options.overwrite)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: setattr(sync, "interrupted", True))
         reporter.done(sync.run())

@@ -44,15 +44,16 @@ class Copier:
         self._asked_s = self._looked_s = -math.inf
         self._zero_growth = 1
 
-    def begin(self, dirty: list[tuple[int, int]] | None) -> None:
-        """What the replica lacks: the extents `dirty`, or all of the disk. Then the log has it all marked."""
+    def begin(self, is_all: bool) -> None:
+        """The replica lacks what the log has: `is_all` of the disk, or some of it."""
         log = self._source.log
         blocks = -(-log.size_bytes // log.granularity_bytes)
-        self._ask()
-        if dirty is None:
+        self._ask()  # from here on the log tells of new writes
+        if is_all:
             self.backlog.add_all()
             self.pipeline.begin_pass(ones(blocks, "little"))
         else:
+            dirty = list(log.peek())
             self.backlog.add(dirty)
             unsent = zeros(blocks, "little")
             for offset, length in dirty:

@@ -71,6 +71,8 @@ class Report:
     extra_bytes: int = 0
     """Sent after the first pass over the disk, because the guest wrote."""
     connections: int = 0
+    resumed: bool = False
+    """The replica had a former state of this disk: only what had changed was sent."""
     pause_s: float = 0.0
     pause_parts_s: dict[str, float] = field(default_factory=dict)
 

@@ -1,7 +1,9 @@
 """Drives a sync: connect, copy while the guest writes, switch over. What to do next is decided in `writelog.plan`.
 
 Never lose a write:
-- `fill` marks everything dirty before anything is sent, so the log alone says what the replica lacks.
+- The log alone says what the replica lacks, under a name for the copy, its *base*. A replica that does not hold
+  that copy gets a new one: `fill` marks everything dirty and draws a new base, which the replica records before it
+  applies anything. One that holds it gets what is dirty, whichever process was started again meanwhile.
 - An extent is forgotten (committed) only when the replica says that it is durable. Whatever goes wrong before, it
   is dirty again: by `reclaim`, or by the log itself when this process dies.
 - The disk is handed over only while the guest is paused, with the log empty, and after the replica has confirmed
@@ -30,6 +32,7 @@ from writelog.wire import (
     VERSION,
     Ack,
     Barrier,
+    Base,
     Content,
     ContentDigest,
     Digest,
@@ -54,6 +57,8 @@ ROOM_POLL_S: Final = 0.002
 """How often to ask zmq whether it is done with a buffer when there is nothing else to do."""
 ANSWER_S: Final = 30.0
 """Longest wait for what a replica answers without delay. It is known to live: it acknowledges meanwhile."""
+FIRST_TRY_S, LONGEST_TRY_S = 0.1, 15.0
+"""Before a new try to connect: at first, and at most."""
 SETTLE_S: Final = 30.0
 """Longest wait for reads and buffers of a connection that is gone."""
 
@@ -84,7 +89,7 @@ class Sync:
     """One run for one disk. `interrupted` may be set by a signal handler."""
 
     def __init__(self, source: Source, peer: Peer, limits: Limits, reporter: Reporter, *,
-                 verify: bool = False, keep_running: bool = False) -> None:
+                 verify: bool = False, keep_running: bool = False, overwrite: bool = False) -> None:
         self.interrupted = False
         self._source = source
         self._peer = peer
@@ -93,7 +98,10 @@ class Sync:
         self._verify = verify
         self._keep_running = keep_running
         self._report = Report(source.name, peer.endpoint, source.size_bytes)
+        self._overwrite = overwrite
         self._session = os.urandom(16)
+        self._base = 0
+        """Of the copy that is being made; 0 before it is known."""
         self._context = zmq.Context()
         self._poller = zmq.Poller()
         self._link: Link | None = None
@@ -104,6 +112,8 @@ class Sync:
         self._start_s = time.monotonic()
         self._replies: dict[type[object], Message] = {}
         """The last answer of each kind that nobody has used yet."""
+        self._failed_tries = 0
+        """To connect, since the last time it worked."""
         self._watch: Stopwatch | None = None
         """Of the pause, while there is one that must not take too long."""
         self._confirmed = b""
@@ -149,21 +159,31 @@ class Sync:
         self._poller = zmq.Poller()
         for pollable in (link.socket, link.monitor, self._source.log.fileno()):
             self._poller.register(pollable, zmq.POLLIN)
-        link.greet(Hello(VERSION, self._session, self._source.size_bytes, self._source.name))
+        base = self._base or self._source.base()
+        link.greet(Hello(VERSION, self._session, self._source.size_bytes, self._source.name, base,
+                         self._overwrite))
         welcome = self._wait_for(Welcome, ANSWER_S)
         self._is_welcome = True
         self._planner.round_trip_s = SWITCH_ROUND_TRIPS * (time.monotonic() - link.opened_s)
         self._report.connections += 1
+        self._failed_tries = 0
         if not welcome.resumed:
             self._start_over()
+            link.send(Base(self._base))
+        elif not self._base:
+            self._source.adopt(base)
+            self._base = base
+            self._report.resumed = True
+            self._copier.begin(False)
         self._pipeline.reset(link, welcome.credit_bytes)
 
     def _start_over(self) -> None:
-        """The replica has nothing of this session: the whole disk is to be sent."""
+        """The replica does not hold this copy: the whole disk is to be sent."""
         if self._source.handed_over:
-            raise ReplicationError("the replica was started anew and knows nothing of this session")
-        self._source.fill()
-        self._copier.begin(None)
+            raise ReplicationError("the replica was started anew and knows nothing of this copy")
+        self._base = self._source.fill()
+        self._overwrite = False
+        self._copier.begin(True)
 
     def _after_loss(self, lost: LinkLost) -> None:
         """Make good for a connection that dropped; ReplicationError if it never was one."""
@@ -172,12 +192,18 @@ class Sync:
         assert self._link is not None
         self._link.close()
         self._link = None
-        if not self._is_welcome:
-            raise ReplicationError(f"{self._peer.endpoint}: {lost}",
-                                   hint="start the replica again, then the sync" if self._report.connections
-                                   else "is writelog-replica running there?")
-        self._is_welcome = False
-        self._reporter.state(STALLED, str(lost))
+        if not self._report.connections:
+            raise ReplicationError(f"{self._peer.endpoint}: {lost}", hint="is writelog-replica running there?")
+        if self._is_welcome:
+            self._is_welcome = False
+            self._recover()
+        self._back_off(str(lost))
+
+    def _recover(self) -> None:
+        """What was on its way is dirty again, and the guest as fast as it can be."""
+        if self._source.handed_over:
+            return
+        self._copier.relax()
         deadline_s = time.monotonic() + SETTLE_S
         while self._pipeline.reads_in_flight:
             if time.monotonic() > deadline_s:
@@ -187,6 +213,16 @@ class Sync:
         self._pipeline.settle(SETTLE_S)
         self._pipeline.reset(None, 0)
         self._copier.give_back()
+
+    def _back_off(self, why: str) -> None:
+        """Wait before the next try, longer and longer: a link can come back after hours."""
+        wait_s = min(FIRST_TRY_S * 2**self._failed_tries, LONGEST_TRY_S)
+        self._failed_tries += 1
+        self._reporter.state(STALLED, f"{why}; next try in {wait_s:.2g} s")
+        deadline_s = time.monotonic() + wait_s
+        while time.monotonic() < deadline_s:
+            self._guard()
+            time.sleep(POLL_S)
 
     # Moving
 
@@ -280,6 +316,9 @@ class Sync:
                 self._planner.failed_pauses += 1
                 self._reporter.state(CONVERGING, str(reason))
         else:
+            # The connection broke between the hand-over and the promotion. The log was empty and the guest stands
+            # still: a replica that holds the base has it all.
+            self._barrier()
             self._promote()
         report, pipeline = self._report, self._pipeline
         report.handed_over = self._source.handed_over

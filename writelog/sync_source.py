@@ -10,22 +10,27 @@ import errno
 import fcntl
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from bitarray import bitarray
 
 from tapcore.control import MAX_TIME_S, ControlClient, find_disk
-from tapcore.errors import ReplicationError, UsageError, WritelogError
+from tapcore.errors import LogError, ReplicationError, UsageError, WritelogError
 from tapcore.request import OP_NAMES, STATUS_ZERO, WRITE
 from writelog.backlog import chunk_runs
 from writelog.client import LogClient, Taken
 from writelog.sync_pipeline import Portion, split
 
+T = TypeVar("T")
+
 MAP_MIN_BYTES: Final = 1 << 20
 """Extents shorter than this are read without asking the map: that costs as much."""
 MAP_MAX_BYTES: Final = 1 << 30
 """Asked of one call."""
+HOLDER_S, HOLDER_POLL_S = 2.0, 0.02
+"""How long, and how often, to ask for a log that is held: by the connection of a sync that was killed, maybe."""
 HOLD_MARGIN_S: Final = 5.0
 """What a hold lasts beyond the pause that is meant: then the tapdisk takes this process for stopped."""
 
@@ -119,9 +124,29 @@ class Source:
 
     # The log
 
-    def fill(self) -> None:
-        """The replica is taken to have nothing."""
-        self.log.fill()
+    def base(self) -> int:
+        """What copy the log counts for; 0: none."""
+        return self.log.stat().base
+
+    def adopt(self, base: int) -> None:
+        """The replica holds the copy at `base`: it lacks what the log has, no more. LogError if the log counts for
+        another one by now."""
+        self._patiently(lambda: self.log.adopt(base))
+
+    def fill(self) -> int:
+        """The replica is taken to have nothing; the base of the copy that begins."""
+        return self._patiently(self.log.fill)
+
+    def _patiently(self, ask: Callable[[], T]) -> T:
+        """`ask()`, again while the log is held by a connection that has perhaps just ended."""
+        deadline_s = time.monotonic() + HOLDER_S
+        while True:
+            try:
+                return ask()
+            except LogError as error:
+                if error.errno != errno.EBUSY or time.monotonic() > deadline_s:
+                    raise
+            self.log.wait(HOLDER_POLL_S)
 
     def dirty_bytes(self) -> tuple[int, int]:
         """(dirty, leased)."""

@@ -1,8 +1,10 @@
 """The replication protocol: what a sync and a replica say to each other. Bytes in, messages out; no I/O.
 
     sync                                     replica
-      HELLO version, session, size  ──────▶  right version, size, writable, no other sync: else REFUSED
-                                    ◀──────  WELCOME: resumed (it knows this session), credit
+      HELLO version, session, size, ──────▶  right version, size, writable, no other sync, no copy of
+            base                             something else: else REFUSED
+                                    ◀──────  WELCOME: resumed (it holds that base), credit
+      BASE, if not resumed          ──────▶  recorded before anything that follows is applied
       DATA, ZERO, DATA …  (seq 1, 2 …) ───▶  checked, applied in order where they overlap
                                     ◀──────  ACK applied, durable: all up to these seqs; at least once a second
       BARRIER seq                   ──────▶  applies all before it, flushes
@@ -32,7 +34,7 @@ import xxhash
 from tapcore.errors import ProtocolError
 from tapcore.layout import Buffer, Layout
 
-VERSION: Final = 1
+VERSION: Final = 2
 
 MAX_HEADER_BYTES: Final = 8192
 MAX_TEXT_CHARS: Final = 1024
@@ -41,6 +43,7 @@ MAX_DATA_BYTES: Final = 1 << 20
 MAX_ZERO_BYTES: Final = 1 << 30
 """Range of one ZERO."""
 MAX_INT: Final = (1 << 63) - 1
+MAX_BASE: Final = (1 << 64) - 1
 CHECKSUM_BYTES: Final = 16
 NO_CHECKSUM: Final = bytes(CHECKSUM_BYTES)
 """Stands for the checksum of a ZERO in the digest."""
@@ -66,6 +69,7 @@ class Kind(IntEnum):
     RELEASE = 13
     RELEASED = 14
     ERROR = 15
+    BASE = 16
 
 
 class Refusal(IntEnum):
@@ -76,25 +80,37 @@ class Refusal(IntEnum):
     READ_ONLY = 3
     BUSY = 4
     PROMOTED = 5
+    STRANGER = 6
 
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """`session` is 16 random bytes that stay the same when a sync connects again."""
+    """`session` is 16 random bytes that stay the same when a sync connects again. `base` names the copy that the
+    primary's log counts for: it lacks what is dirty there, no more; 0: there is none. `overwrite`: whatever other
+    copy the replica holds may be replaced."""
 
     version: int
     session: bytes
     size_bytes: int
     disk: str
+    base: int
+    overwrite: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Welcome:
-    """`resumed`: the replica has had this session before and kept all that it confirmed. `credit_bytes`: how much
-    may be sent beyond what it has applied."""
+    """`resumed`: the replica holds the copy at the base of the HELLO. `credit_bytes`: how much may be sent beyond
+    what it has applied."""
 
     resumed: bool
     credit_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """A copy begins anew, from nothing: what follows brings it to `base`."""
+
+    base: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,13 +207,13 @@ class Failure:
 
 
 Message: TypeAlias = (Hello | Welcome | Refused | Data | Zero | Ack | Barrier | Digest | Verify | Content | Promote
-                      | Promoted | Release | Released | Failure)
+                      | Promoted | Release | Released | Failure | Base)
 
 CLASSES: Final[dict[int, type[Any]]] = {
     Kind.HELLO: Hello, Kind.WELCOME: Welcome, Kind.REFUSED: Refused, Kind.DATA: Data, Kind.ZERO: Zero,
     Kind.ACK: Ack, Kind.BARRIER: Barrier, Kind.DIGEST: Digest, Kind.VERIFY: Verify, Kind.CONTENT: Content,
     Kind.PROMOTE: Promote, Kind.PROMOTED: Promoted, Kind.RELEASE: Release, Kind.RELEASED: Released,
-    Kind.ERROR: Failure,
+    Kind.ERROR: Failure, Kind.BASE: Base,
 }
 _KINDS: Final = {cls: int(kind) for kind, cls in CLASSES.items()}
 _NAMES: Final = {kind: tuple(field.name for field in fields(cls)) for kind, cls in CLASSES.items()}
@@ -241,7 +257,7 @@ def _decode_header(header: Buffer) -> Message:
         raise ProtocolError("a header is not an array that begins with a known kind")
     kind, *values = values
     if kind == Kind.HELLO and values and type(values[0]) is int and values[0] != VERSION:
-        return Hello(values[0], bytes(CHECKSUM_BYTES), 0, "")
+        return Hello(values[0], bytes(CHECKSUM_BYTES), 0, "", 0, False)
     names = _NAMES[kind]
     if len(values) != len(names):
         raise ProtocolError(f"{Kind(kind).name} has {len(values)} fields, not {len(names)}")
@@ -262,8 +278,10 @@ def _is_valid(name: str, value: object) -> bool:
         return type(value) is bytes and len(value) == CHECKSUM_BYTES
     if name in _TEXT_FIELDS:
         return type(value) is str and len(value) <= MAX_TEXT_CHARS
-    if name == "resumed":
+    if name in ("resumed", "overwrite"):
         return type(value) is bool
+    if name == "base":
+        return type(value) is int and 0 <= value <= MAX_BASE
     return type(value) is int and 0 <= value <= MAX_INT
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import msgpack
 import pytest
@@ -15,9 +16,11 @@ from replica_bench import SIZE_BYTES, UNTOUCHED, WAIT_S, Bench
 from tapcore.driver import Env, OpenFlag
 from tapcore.request import FLUSH, WRITE, ZEROES
 from writelog import replica, wire
+from writelog.replica_state import State
 from writelog.wire import (
     Ack,
     Barrier,
+    Base,
     Content,
     Data,
     Failure,
@@ -138,7 +141,7 @@ def test_verify_reads_the_whole_disk(bench: Bench) -> None:
     ([msgpack.packb([Kind.DATA, 1, 0, wire.MAX_DATA_BYTES + 1, bytes(16)]), b"x"], "are allowed"),
     ([wire.encode(Verify())], "without a confirmed barrier"),
     ([wire.encode(Welcome(True, 5))], "does not send Welcome"),
-    ([wire.encode(Hello(wire.VERSION, bytes(16), SIZE_BYTES, "again"))], "does not send Hello"),
+    ([wire.encode(Hello(wire.VERSION, bytes(16), SIZE_BYTES, "again", 0, False))], "does not send Hello"),
 ])
 def test_a_faulty_message_ends_the_session_and_nothing_is_applied(
     bench: Bench, frames: list[bytes], text: str
@@ -149,7 +152,7 @@ def test_a_faulty_message_ends_the_session_and_nothing_is_applied(
     assert text in peer.expect(Failure).message
     peer.data(0, b"after")
     other = bench.peer(b"2" * 16)
-    assert not other.begin().resumed
+    other.begin()
     other.barrier()
     assert bench.driver.data == UNTOUCHED
     assert bench.ends == [False]
@@ -211,14 +214,70 @@ def test_a_second_sync_is_refused_until_the_first_is_gone(bench: Bench) -> None:
     first = bench.peer()
     first.begin()
     second = bench.peer(b"2" * 16)
+    second.base = 8
     second.hello()
     assert second.expect(Refused).reason == Refusal.BUSY
     first.data(0, b"goes on")
     first.barrier()
     first.close()
-
+    second.base = 7
     bench.env.loop.run_until(second.is_welcome, WAIT_S)
     assert bench.driver.data[:7] == b"goes on"
+
+
+def test_a_sync_that_was_started_again_takes_over_at_once(bench: Bench) -> None:
+    first = bench.peer()
+    first.begin()
+    first.data(0, b"one")
+    first.expect(Ack, lambda ack: ack.durable == 1)
+    second = bench.peer(b"2" * 16)
+    assert second.begin().resumed
+    first.data(0, b"two")
+    second.data(3, b"two")
+    second.barrier()
+    assert bench.driver.data[:6] == b"onetwo"
+
+
+def test_a_stranger_is_refused_unless_it_may_overwrite(bench: Bench) -> None:
+    first = bench.peer()
+    first.begin()
+    first.send(Release())
+    first.expect(Released)
+    for base in (0, 8):
+        stranger = bench.peer(b"2" * 16)
+        stranger.base = base
+        stranger.hello()
+        refused = stranger.expect(Refused)
+        assert refused.reason == Refusal.STRANGER
+        assert "a copy of disk 'vm1'" in refused.message
+        assert "--overwrite" in refused.hint
+    stranger.send(Hello(wire.VERSION, stranger.id, SIZE_BYTES, "vm2", 8, True))
+    assert not stranger.expect(Welcome).resumed
+    assert bench.server._store.state.base == 7
+    stranger.send(Base(9))
+    stranger.data(0, b"x")
+    stranger.barrier()
+    assert bench.server._store.state == State(9, "vm2")
+
+
+def test_nothing_is_applied_before_its_base_is_known(bench: Bench) -> None:
+    peer = bench.peer()
+    peer.hello()
+    assert not peer.expect(Welcome).resumed
+    peer.data(0, b"early")
+    assert "before BASE" in peer.expect(Failure).message
+    assert bench.driver.data == UNTOUCHED
+    assert bench.server._store.state.base == 0
+
+
+def test_a_base_that_cannot_be_recorded_is_none(bench: Bench, tmp_path: Path) -> None:
+    bench.server._store.path = tmp_path / "missing" / "state"
+    peer = bench.peer()
+    peer.begin()
+    peer.data(0, b"early")
+    assert "cannot record" in peer.expect(Failure).message
+    assert bench.driver.data == UNTOUCHED
+    assert bench.server._store.state.base == 0
 
 
 def test_a_session_goes_on_after_its_connection_dropped(bench: Bench) -> None:

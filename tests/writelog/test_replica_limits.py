@@ -18,7 +18,7 @@ from replica_bench import WAIT_S, Bench
 
 from tapcore.driver import Env
 from writelog import replica
-from writelog.wire import VERSION, Data, Failure, Hello, Verify, Welcome, checksum, encode
+from writelog.wire import VERSION, Base, Data, Failure, Hello, Verify, Welcome, checksum, encode
 
 
 @pytest.fixture
@@ -114,7 +114,8 @@ def test_a_second_signal_ends_a_replica_whose_disk_hangs(tmp_path: Path) -> None
             endpoint = read_line(process).split()[-1]
             peer = context.socket(zmq.DEALER)
             peer.connect(endpoint)
-            peer.send(encode(Hello(VERSION, bytes(16), 4096, "vm1")))
+            peer.send(encode(Hello(VERSION, bytes(16), 4096, "vm1", 0, False)))
+            peer.send(encode(Base(7)))
             peer.send_multipart([encode(Data(1, 0, 4096, checksum(bytes(4096)))), bytes(4096)])
             assert peer.poll(int(WAIT_S * 1000))
             process.send_signal(signal.SIGTERM)

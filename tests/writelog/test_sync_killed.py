@@ -1,4 +1,5 @@
-"""A sync is killed at each step of the protocol: the guest goes on, and what the replica lacks is dirty."""
+"""A sync is killed at each step of the protocol: the guest goes on, what the replica lacks is dirty, and the next
+sync sends just that."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from sync_rig import SIZE_BYTES, WAIT_S, Rig, Script
 
 from tapcore.driver import Env
 from tapcore.nbd.wire import NBD_CMD_WRITE
-from writelog.wire import Barrier, Data, Hello, Message, Promote, Release, Verify, Zero
+from writelog.wire import Barrier, Base, Data, Hello, Message, Promote, Release, Verify, Zero
 
 BLOCK_BYTES = 4096
 
@@ -52,7 +53,8 @@ def lost_blocks(rig: Rig, memory: bytearray) -> list[int]:
 
 @pytest.mark.parametrize("answered", [False, True])
 @pytest.mark.parametrize(("kind", "options"), [
-    (Hello, []), (Data, []), (Zero, []), (Barrier, []), (Verify, ["--verify"]), (Release, ["--keep-running"]),
+    (Hello, []), (Base, []),
+    (Data, []), (Zero, []), (Barrier, []), (Verify, ["--verify"]), (Release, ["--keep-running"]),
     (Promote, []),
 ])
 def test_killed_at_a_step(
@@ -95,8 +97,15 @@ def test_killed_at_a_step(
         threading.Event().wait(0.01)
     assert rig.info()["fenced"] is None
     assert rig.guest_goes_on()
-    if kind is not Hello:
+    if kind not in (Hello, Base):
         assert lost_blocks(rig, script.memory) == []
+    monkeypatch.undo()
+    with rig.log() as log:
+        base = log.stat().base
+    assert rig.sync("--verify", "--keep-running", "vm1", script.endpoint) == 0
+    assert script.memory == rig.image.read_bytes()
+    with rig.log() as log:
+        assert (log.stat().base == base) == (kind is not Hello and (kind is not Base or answered))
 
 
 def test_stopped_in_the_pause(rig: Rig, script: Script) -> None:

@@ -131,6 +131,10 @@ class Pair:
             assert figures.leased_blocks == 0
             return figures.dirty_blocks * figures.granularity_bytes
 
+    def base(self) -> int:
+        with LogClient(next(self.tapdisk.run_dir.glob("log__*.ctl"))) as log:
+            return log.stat().base
+
     def images_are_equal(self) -> bool:
         """End all processes first."""
         self.close()
@@ -173,33 +177,61 @@ def test_a_busy_disk_moves_and_its_clients_find_it_at_the_replica(pair: Pair, tm
     assert pair.copy.read_bytes().startswith(data)
 
 
-def test_a_killed_sync_loses_nothing(pair: Pair) -> None:
-    replica = pair.replica(SLOW, "--once")
-    first = pair.sync()
-    first.event(lambda event: event.get("sent_bytes", 0) > 0)
-    first.kill()
+@pytest.mark.parametrize("killed", ["sync", "replica", "both"])
+def test_what_was_killed_goes_on_where_it_was(pair: Pair, killed: str) -> None:
+    """The log counts for the same copy to the end: nothing was sent anew as a whole."""
+    replica = pair.replica()
+    sync = pair.sync("--rate", "12M", "--peer-timeout", "1", "--verify", "--keep-running")
+    sync.event(lambda event: event.get("sent_bytes", 0) > SIZE_BYTES // 4)
+    base = pair.base()
+    assert base
+    if killed in ("replica", "both"):
+        replica.kill()
+        event = sync.event(lambda event: event["state"] == "stalled")
+        assert "next try" in event["detail"]
+    if killed in ("sync", "both"):
+        sync.kill()
+        assert pair.dirty_bytes() < SIZE_BYTES * 7 // 8
     assert pair.guest.wrote_more()
-    assert pair.dirty_bytes() > SIZE_BYTES // 4
-    code, _, err = pair.sync("--verify", "--downtime", "5").end()
+    if killed in ("replica", "both"):
+        pair.replica()
+    if killed in ("sync", "both"):
+        sync = pair.sync("--verify", "--keep-running")
+    code, out, err = sync.end()
     assert code == 0, err
+    report = json.loads(out.splitlines()[-1])
+    assert report["resumed"] == (killed != "replica")
+    assert report["connections"] == (2 if killed == "replica" else 1)
+    assert pair.base() == base
+
+
+def test_a_copy_that_was_kept_gets_what_has_changed(pair: Pair) -> None:
+    replica = pair.replica("", "--once")
+    assert pair.sync("--keep-running").end()[0] == 0
     assert replica.end()[0] == 0
+    pair.replica()
+    code, out, err = pair.sync("--verify", "--downtime", "5").end()
+    assert code == 0, err
+    report = json.loads(out.splitlines()[-1])
+    assert report["resumed"]
+    assert report["sent_bytes"] + report["zero_bytes"] < SIZE_BYTES // 2
     assert pair.images_are_equal()
 
 
-def test_a_killed_replica_stops_the_sync_and_not_the_guest(pair: Pair) -> None:
-    replica = pair.replica(SLOW)
-    sync = pair.sync("--peer-timeout", "1")
-    sync.event(lambda event: event.get("sent_bytes", 0) > 0)
-    replica.kill()
-    code, out, err = sync.end()
-    assert code == 1
-    assert "start the replica again, then the sync" in err
-    assert json.loads(out.splitlines()[-1])["state"] == "failed"
-    assert pair.guest.wrote_more()
-    assert pair.dirty_bytes() > SIZE_BYTES // 4
+def test_when_others_took_from_the_log_only_a_full_copy_will_do(pair: Pair) -> None:
+    replica = pair.replica("", "--once")
+    assert pair.sync("--keep-running").end()[0] == 0
+    assert replica.end()[0] == 0
     pair.replica()
+    with LogClient(next(pair.tapdisk.run_dir.glob("log__*.ctl"))) as log:
+        log.commit(log.get().lease)
     code, _, err = pair.sync().end()
+    assert code == 1
+    assert "holds a copy of disk 'vm1', but none that the write log here knows of" in err
+    assert pair.guest.wrote_more()
+    code, out, err = pair.sync("--overwrite", "--verify", "--downtime", "5").end()
     assert code == 0, err
+    assert not json.loads(out.splitlines()[-1])["resumed"]
     assert pair.images_are_equal()
 
 

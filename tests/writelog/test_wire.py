@@ -15,7 +15,8 @@ NUMBERS = st.integers(0, wire.MAX_INT)
 SUMS = st.binary(min_size=16, max_size=16)
 TEXTS = st.text(max_size=50)
 MESSAGES = st.one_of(
-    st.builds(Hello, st.just(wire.VERSION), SUMS, NUMBERS, TEXTS), st.builds(Welcome, st.booleans(), NUMBERS),
+    st.builds(Hello, st.just(wire.VERSION), SUMS, NUMBERS, TEXTS, st.integers(0, wire.MAX_BASE), st.booleans()),
+    st.builds(wire.Base, st.integers(0, wire.MAX_BASE)), st.builds(Welcome, st.booleans(), NUMBERS),
     st.builds(Refused, NUMBERS, TEXTS, TEXTS), st.builds(Barrier, NUMBERS), st.builds(Digest, NUMBERS, SUMS),
     st.builds(Zero, NUMBERS, NUMBERS, st.integers(1, wire.MAX_ZERO_BYTES)),
     st.builds(Ack, NUMBERS, NUMBERS, NUMBERS, NUMBERS),
@@ -45,7 +46,8 @@ def test_data_comes_back_with_its_payload(seq: int, offset: int, payload: bytes)
     [msgpack.packb([Kind.BARRIER, 1 << 63])], [msgpack.packb([Kind.BARRIER, True])],
     [msgpack.packb([Kind.BARRIER, 1.0])], [msgpack.packb([Kind.BARRIER, "1"])],
     [msgpack.packb([Kind.PROMOTE, bytes(15)])], [msgpack.packb([Kind.PROMOTE, "x" * 16])],
-    [msgpack.packb([Kind.HELLO])], [msgpack.packb([Kind.HELLO, 1, bytes(16), 4096])],
+    [msgpack.packb([Kind.HELLO])], [msgpack.packb([Kind.HELLO, wire.VERSION, bytes(16), 4096])],
+    [msgpack.packb([Kind.BASE, "1"])], [msgpack.packb([Kind.BASE, -1])],
     [msgpack.packb([Kind.ERROR, 5, "x" * 2000, ""])], [bytes(wire.MAX_HEADER_BYTES + 1)],
     [msgpack.packb([Kind.ZERO, 1, 0, 0])], [msgpack.packb([Kind.ZERO, 1, 0, wire.MAX_ZERO_BYTES + 1])],
     [b"\xdd\xff\xff\xff\xff"], [b"\x91" * 5000],

@@ -1,0 +1,91 @@
+"""What a replica knows of its image, in a small file beside it: so a sync goes on after either end was restarted.
+
+    /vm/copy.img            the image
+    /vm/copy.img.replica    {"base": "1f…", "disk": "vm1", "image": "2049:1234", …}
+
+`base` is the primary's name for the state that this copy is being brought to: it lacks what the primary's log has
+dirty or leased under that name, and nothing else. So the name is recorded, durably, before the first extent under
+it is applied; and what is acknowledged is flushed. `image` is the device and inode of the image: beside another
+file of the same name the record counts for nothing. Everything here blocks.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Final
+
+from tapcore.durablefile import replace_file
+from tapcore.errors import ImageError, ReplicationError, image_error
+
+logger = logging.getLogger(__name__)
+
+SUFFIX: Final = ".replica"
+MAX_BYTES: Final = 8192
+MAX_BASE: Final = (1 << 64) - 1
+
+
+@dataclass(frozen=True)
+class State:
+    """`base` 0: it is a copy of nothing yet."""
+
+    base: int = 0
+    disk: str = ""
+    promoted: bool = False
+
+
+class StateStore:
+    """The state, kept in `path` for an `image` of `size_bytes`; without a path, in memory alone."""
+
+    def __init__(self, path: Path | None = None, image: Path | None = None, size_bytes: int = 0) -> None:
+        """ImageError if there is a file that cannot be read or makes no sense."""
+        self.state = State()
+        self.path = path
+        self._size_bytes = size_bytes
+        self._image = _identity(image) if image is not None else ""
+        if path is not None:
+            self.state = self._load(path)
+
+    def _load(self, path: Path) -> State:
+        try:
+            with path.open("rb") as file:
+                text = file.read(MAX_BYTES)
+        except FileNotFoundError:
+            return State()
+        except OSError as error:
+            raise image_error(error, str(path), "read what is known of the replica") from error
+        try:
+            found = json.loads(text)
+            state = State(int(found["base"], 16), found["disk"], found["promoted"])
+            same = (found["image"], found["size_bytes"]) == (self._image, self._size_bytes)
+            if not (0 <= state.base <= MAX_BASE and isinstance(state.disk, str) and type(state.promoted) is bool):
+                raise ValueError
+        except (ValueError, KeyError, TypeError):
+            raise ImageError("this is no record of a replica", path=str(path),
+                             hint="remove it if the image may be overwritten") from None
+        if not same:
+            logger.warning("%s was written for another image of this name, and is ignored", path)
+            return State()
+        return state
+
+    def store(self, state: State) -> None:
+        """Durably. ReplicationError, with nothing changed that counts, if that cannot be done."""
+        if self.path is not None:
+            record = asdict(state) | {"base": f"{state.base:016x}", "image": self._image,
+                                      "size_bytes": self._size_bytes}
+            try:
+                replace_file(self.path, json.dumps(record, indent=1).encode() + b"\n")
+            except OSError as error:
+                raise ReplicationError(f"cannot record the state of the replica: {error.strerror}",
+                                       errno=error.errno, path=str(self.path)) from error
+        self.state = state
+
+
+def _identity(image: Path) -> str:
+    try:
+        status = image.stat()
+    except OSError as error:
+        raise image_error(error, str(image), "look at the image") from error
+    return f"{status.st_dev}:{status.st_ino}"
