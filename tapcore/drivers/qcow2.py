@@ -14,7 +14,7 @@ Written: clusters are allocated, and copied if a snapshot shares them (of an ima
 are touched); discard gives clusters and their space back; write-zeroes needs no data (version 3). The refcounts of
 an image that was not closed (dirty bit) are rebuilt.
 Refcounts are kept exactly, also where the image would allow them to be lazy. Bitmaps are marked as out of date
-(autoclear bits), and their clusters stay in use until qemu-img check -r leaks.
+(autoclear bits), and their clusters stay in use until td-img check --repair.
 
 Tables are written at a flush, in an order that leaves at most unused clusters after a crash or power loss. Memory
 for them is bounded: about 50 MiB beside the L1 table and the refcount table, whatever the disk's size.

@@ -65,7 +65,7 @@ def _beside(path: str, name: str, what: str) -> str:
     plain = name.removeprefix("file:")
     if ":" in plain.partition("/")[0]:
         raise ImageError(f"the {what} {name!r} is not the path of a local file", errno=errno.EINVAL, path=path,
-                         hint="name a path with: qemu-img rebase -u -b PATH -F FORMAT IMAGE"
+                         hint="name a path with: td-img rebase -u -b PATH -F FORMAT IMAGE"
                          if what == "backing file" else None)
     found = str(Path(path).parent / plain)
     return found if found.startswith("/") else "./" + found
@@ -115,4 +115,4 @@ def probe(path: str, child: str) -> str:
 def _undecided(path: str, child: str) -> ImageError:
     return ImageError(f"does not say the format of its backing file {path}, which may be raw or an image that "
                       "leads to other files", errno=errno.EINVAL, path=child,
-                      hint="say it with: qemu-img rebase -u -b BACKING -F FORMAT IMAGE")
+                      hint="say it with: td-img rebase -u -b BACKING -F FORMAT IMAGE")

@@ -40,7 +40,7 @@ class Tail:
                 self._file.discard(host, length)
 
         yield punch
-        for host, length in places:
+        for host, length in reversed(places):  # what is taken one after the other lies together
             self._free.setdefault(length, []).append(host)
 
     def fill(self) -> None:

@@ -45,25 +45,32 @@ class Mapping:
     def find(self, offset: int, length: int, max_extents: int = 0) -> list[MapExtent]:
         extents: list[MapExtent] = []
         end = offset + length
+        first_host, file_bytes, within_mask = self.first_host, self.file_bytes, self.unit_bytes - 1
+        last_kind, last_length, last_host = -1, 0, 0
         while offset < end:
             table = self.table(offset >> self.table_shift)
             if table is None:
-                stop = min(end, (offset >> self.table_shift) + 1 << self.table_shift)
                 kind, host = HOLE, 0
+                piece = min(end, (offset >> self.table_shift) + 1 << self.table_shift) - offset
             else:
-                stop = min(end, (offset | self.unit_bytes - 1) + 1)
-                kind, host = self.kind_of(table[offset >> self.cluster_bits & self.index_mask], offset)
-                host += offset & self.unit_bytes - 1 if kind == DATA else 0
-            if extents:
-                last_kind, last_length, last_host = extents[-1]
-                if kind == last_kind and (kind == HOLE or (kind == DATA and last_host + last_length == host)):
-                    extents[-1] = kind, last_length + stop - offset, last_host
-                    offset = stop
-                    continue
-                if len(extents) == max_extents:
-                    return extents
-            extents.append((kind, stop - offset, host))
-            offset = stop
+                host = table[offset >> self.cluster_bits & self.index_mask]
+                within = offset & within_mask
+                piece = min(end - offset, self.unit_bytes - within)
+                if first_host <= host < file_bytes and not host % SECTOR_BYTES:
+                    kind, host = DATA, host + within
+                else:
+                    kind, host = self.kind_of(host, offset)
+                    host += within if kind == DATA else 0
+            if kind == last_kind and (kind == HOLE or (kind == DATA and last_host + last_length == host)):
+                last_length += piece
+            else:
+                if last_length:
+                    extents.append((last_kind, last_length, last_host))
+                    if len(extents) == max_extents:
+                        return extents
+                last_kind, last_length, last_host = kind, piece, host
+            offset += piece
+        extents.append((last_kind, last_length, last_host))
         return extents
 
     def place(self, offset: int, length: int) -> int:

@@ -27,7 +27,7 @@ def load_refcounts(file: ImageFile, header: Header) -> Refcounts:
     blocks = [entry for entry in table if entry]
     if len(set(blocks)) != len(blocks):
         raise ImageError("the refcount table has two entries for one refcount block", path=file.path,
-                         offset=header.refcount_table_offset, hint="repair it with qemu-img check -r all")
+                         offset=header.refcount_table_offset, hint="repair it with td-img check --repair")
     refcounts = Refcounts(header, table, file.size_bytes, _reserved(header))
     if file.is_device:
         refcounts.fresh_from = 1 << 56

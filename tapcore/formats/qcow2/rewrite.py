@@ -207,7 +207,7 @@ def begin(walk: Walk) -> Rewrite:
     """Of a walk that was run, if it found no error. ImageError with the first one if it did."""
     if walk.report.errors:
         raise ImageError("its tables have errors: " + walk.report.messages[0], path=walk.file.path,
-                         hint="look at it with td-img check, or qemu-img check")
+                         hint="look at it with td-img check")
     walk.count_tables(0)
     rewrite = Rewrite(walk)
     rewrite.fields["incompatible_features"] = walk.header.incompatible_features & ~DIRTY

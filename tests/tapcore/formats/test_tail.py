@@ -24,6 +24,9 @@ def test_space_is_taken_behind_the_end_and_given_out_again(tmp_path: Path) -> No
     assert tail.take(4096) == (8192, False), "the same length is found again"
     assert file.load(8192, 4096, "data") == bytes(4096)
     assert tail.take(4096) == (17408, True)
+    for work in tail.release([(8192, 4096), (12800, 4096)]):
+        work()
+    assert [tail.take(4096)[0] for _ in range(2)] == [8192, 12800], "in their order, so that they may lie together"
     tail.fill()
     assert path.stat().st_size == 17408 + 4096
     file.close()
