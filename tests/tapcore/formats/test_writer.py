@@ -1,0 +1,108 @@
+"""The shared writer: many requests at once, in every format, with next to no room for tables."""
+
+from __future__ import annotations
+
+import errno
+import random
+import threading
+from pathlib import Path
+
+import pytest
+from contract.runner import Runner
+from formats_model import Model
+
+from tapcore.driver import Env, OpenFlag
+from tapcore.formats.qcow2.create import create
+from tapcore.formats.tables import Tables
+from tapcore.formats.tools import Backing, find_tools
+from tapcore.request import BACKGROUND, DISCARD, FLUSH, FUA, NO_HOLE, READ, WRITE, ZEROES, Request
+
+SIZE = 24 << 20
+KINDS = {
+    "qcow2": ("qcow2", {"cluster_size": "4K"}, ""),
+    "qcow2 overlay": ("qcow2", {"cluster_size": "4K"}, "aio"),
+    "qcow2 subclusters": ("qcow2", {"cluster_size": "16K", "extended_l2": "on"}, "aio"),
+    "qcow2 data file": ("qcow2", {"cluster_size": "4K", "data_file": "data"}, "aio"),
+    "qcow overlay": ("qcow", {}, "aio"),
+    "vhd": ("vhd", {}, ""),
+    "vhd overlay": ("vhd", {}, "aio"),
+    "vmdk": ("vmdk", {"grain_size": "4K", "zeroed_grain": "on"}, ""),
+    "vmdk overlay": ("vmdk", {"grain_size": "4K"}, "vmdk"),
+}
+
+
+def make(env: Env, path: Path, kind: str) -> tuple[str, bytes]:
+    """An image, over a backing of half its size if it has one; its driver, and what its disk holds."""
+    driver, options, below = KINDS[kind]
+    content = random.Random(1).randbytes(SIZE // 2) if below else b""
+    if below == "aio":
+        (path.parent / "base").write_bytes(content)
+    elif below:
+        find_tools(below).create(str(path.parent / "base"), SIZE // 2)
+        runner = Runner(env, f"{below}:{path.parent / 'base'}")
+        assert runner.write(0, content) == 0
+        runner.close()
+    find_tools(driver).create(str(path), SIZE, backing=Backing("base", below) if below else None, options=options)
+    return driver, content.ljust(SIZE, b"\0")
+
+
+def operation(rng: random.Random) -> tuple[int, int, int, int, int]:
+    """Often on the border of two tables, whatever the format."""
+    op = rng.choice((READ, WRITE, WRITE, WRITE, ZEROES, DISCARD, FLUSH))
+    unit = rng.choice((1, 512, 4096))
+    length = rng.choice((1, 3, 16)) * unit
+    offset = rng.choice((0, 2 << 20)) * rng.randrange(1, 12) - rng.randrange(length + 1) // unit * unit
+    if offset <= 0 or offset + length > SIZE:
+        offset = rng.randrange((SIZE - length) // unit) * unit
+    flags = rng.choice({READ: (0, BACKGROUND), WRITE: (0, 0, FUA, BACKGROUND), ZEROES: (0, NO_HOLE, BACKGROUND),
+                        DISCARD: (0, FUA), FLUSH: (0,)}[op])
+    return op, offset, length, flags, rng.randrange(1 << 30)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_many_requests_at_once_with_room_for_six_tables(
+    env: Env, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    real = Tables.__init__
+    monkeypatch.setattr(Tables, "__init__", lambda self, capacity: real(self, 6))
+    path = tmp_path / "a"
+    driver, content = make(env, path, kind)
+    rng = random.Random(kind)
+    for _ in range(2):
+        runner = Runner(env, f"{driver}:{path}")
+        model = Model(runner, content)
+        model.run([operation(rng) for _ in range(250)])
+        content = bytes(model.disk)
+        runner.close()
+        report = find_tools(driver).check(str(path))
+        assert (report.errors, report.leaks) == (0, 0), report.messages
+        again = Runner(env, f"{driver}:{path}", OpenFlag.RDONLY)
+        assert b"".join(again.read(at, 65536) for at in range(0, SIZE, 65536)) == content
+        again.close()
+
+
+def test_who_waits_for_a_unit_goes_on_when_its_holder_fails(
+    env: Env, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.qcow2"
+    create(str(path), 1 << 20)
+    runner = Runner(env, f"qcow2:{path}")
+    file = runner.head.file  # type: ignore[attr-defined]
+    real, go, calls = file.write, threading.Event(), []
+
+    def write(iov: list[memoryview], offset: int, length: int, **options: bool) -> int:
+        calls.append(offset)
+        if len(calls) > 1:
+            return int(real(iov, offset, length, **options))
+        assert go.wait(20)
+        return errno.ENOSPC
+
+    monkeypatch.setattr(file, "write", write)
+    first = Request(WRITE, 0, 512, [memoryview(b"a" * 512)], BACKGROUND)
+    second = Request(WRITE, 512, 512, [memoryview(b"b" * 512)], BACKGROUND)
+    runner.start(first, second)
+    go.set()
+    runner.wait()
+    assert (first.error, second.error) == (errno.ENOSPC, 0)
+    assert runner.read(0, 1536) == bytes(512) + b"b" * 512 + bytes(512)
+    runner.close()
