@@ -26,6 +26,8 @@ COWD_MAGIC: Final = b"COWD"
 HEADER: Final = Layout("SparseExtentHeader", "<", """
     magic:4s version:I flags:I capacity:Q grainSize:Q descriptorOffset:Q descriptorSize:Q numGTEsPerGT:I
     rgdOffset:Q gdOffset:Q overHead:Q uncleanShutdown:B lineEnds:4s compressAlgorithm:H :433x""", size=512)
+UNCLEAN_AT: Final = 72
+"""Where uncleanShutdown is."""
 COWD_HEADER: Final = Layout("COWDisk_Header", "<", """
     magic:4s version:I flags:I numSectors:I grainSize:I gdOffset:I numGDEntries:I freeSector:I
     :2016x""", size=2048)
@@ -141,8 +143,7 @@ def parse_stream_header(path: str, data: bytes) -> tuple[Header, bool]:
     if not fields["flags"] & FLAG_MARKERS:
         _refuse(path, f"flags {fields['flags']:#x}: it has no markers, so it is no stream", 8)
     header = _fields(path, fields, 0)
-    descriptor_end = header.descriptor_offset + header.descriptor_bytes
-    if not descriptor_end <= header.metadata_bytes <= MAX_STREAM_METADATA_BYTES:
+    if not header.metadata_bytes == fields["overHead"] * SECTOR_BYTES <= MAX_STREAM_METADATA_BYTES:
         _refuse(path, f"overHead {fields['overHead']} is too small for the descriptor, or absurd", 64)
     return header, fields["gdOffset"] == GD_AT_END
 
@@ -199,11 +200,12 @@ def _fields(path: str, fields: dict[str, int], at: int) -> Header:
         _refuse(path, f"descriptorSize {fields['descriptorSize']} is more than {MAX_DESCRIPTOR_BYTES} bytes",
                 at + 36)
     flags = fields["flags"]
+    descriptor_end = fields["descriptorOffset"] + fields["descriptorSize"] if fields["descriptorSize"] else 0
     return Header(
         version=fields["version"], size_bytes=capacity * SECTOR_BYTES, grain_bytes=grain * SECTOR_BYTES,
         gtes_per_gt=GTES_PER_GT, gd_offset=fields["gdOffset"] * SECTOR_BYTES,
         rgd_offset=fields["rgdOffset"] * SECTOR_BYTES if flags & FLAG_REDUNDANT else 0,
-        metadata_bytes=max(1, fields["overHead"]) * SECTOR_BYTES,
+        metadata_bytes=max(1, fields["overHead"], descriptor_end) * SECTOR_BYTES,
         descriptor_offset=fields["descriptorOffset"] * SECTOR_BYTES,
         descriptor_bytes=fields["descriptorSize"] * SECTOR_BYTES, has_zero_grain=bool(flags & FLAG_ZERO_GRAIN),
         compressed=bool(flags & FLAG_COMPRESSED), has_markers=bool(flags & FLAG_MARKERS),
@@ -212,10 +214,10 @@ def _fields(path: str, fields: dict[str, int], at: int) -> Header:
 
 def _make(path: str, fields: dict[str, int], file_bytes: int, at: int) -> Header:
     header = _fields(path, fields, at)
-    if header.metadata_bytes > file_bytes + header.grain_bytes:
-        _refuse(path, f"overHead {fields['overHead']} is more than the file has: it was cut short", at + 64)
     if header.descriptor_bytes and not _inside(header.descriptor_offset, header.descriptor_bytes, file_bytes):
         _refuse(path, f"descriptorOffset {fields['descriptorOffset']} is not in the file", at + 28)
+    if header.metadata_bytes > file_bytes + header.grain_bytes:
+        _refuse(path, f"overHead {fields['overHead']} is more than the file has: it was cut short", at + 64)
     _check_directory(path, header, file_bytes, "gdOffset", header.gd_offset, at + 56)
     if header.rgd_offset or (fields["flags"] & FLAG_REDUNDANT and not header.compressed):
         _check_directory(path, header, file_bytes, "rgdOffset", header.rgd_offset, at + 48)

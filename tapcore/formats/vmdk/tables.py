@@ -16,14 +16,12 @@ from typing import Final
 from tapcore.driver import SECTOR_BYTES
 from tapcore.errors import ImageError
 from tapcore.formats.imagefile import ImageFile
-from tapcore.formats.vmdk.layout import GTE_HOLE, GTE_ZERO, Header
+from tapcore.formats.vmdk.layout import GTE_HOLE, GTE_ZERO, UNCLEAN_AT, Header
 from tapcore.formats.vmdk.load import load_directory
 from tapcore.formats.vmdk.mapping import from_little_endian, to_little_endian
 
 logger = logging.getLogger(__name__)
 
-UNCLEAN_AT: Final = 72
-"""Where uncleanShutdown is in the header."""
 MAX_TABLES_AT_ONCE: Final = 512
 HINT: Final = "repair it with td-img check --repair, or open it read-only"
 
@@ -41,7 +39,7 @@ def prepare_for_writing(file: ImageFile, header: Header) -> tuple[array[int], ar
         _make_tables(file, header, directory, redundant)
     if redundant is not None and header.unclean:
         logger.warning("%s: was not closed; its redundant grain tables are brought in step", file.path)
-        for _, place, data, _ in differing_tables(file, header, directory, redundant):
+        for place, data in _differing(file, header, directory, redundant):
             _check_table(file, header, place, data)
             file.store(place, data, "a grain table")
         file.sync_or_raise()
@@ -92,7 +90,7 @@ def _neighbours(header: Header, directory: array[int]) -> Iterator[tuple[int, in
 
 
 def _check_table(file: ImageFile, header: Header, place: int, data: bytes) -> None:
-    # A table of nonsense must not overwrite what may be its only good copy.
+    """A table of nonsense must not overwrite what may be its only good copy."""
     lowest = GTE_ZERO + 1 if header.has_zero_grain else GTE_HOLE + 1
     first, end = header.metadata_bytes // SECTOR_BYTES, -(-file.size_bytes // SECTOR_BYTES)
     for entry in from_little_endian(data):
@@ -101,9 +99,7 @@ def _check_table(file: ImageFile, header: Header, place: int, data: bytes) -> No
                              path=file.path, errno=errno.EINVAL, offset=place, hint=HINT)
 
 
-def _make_tables(
-    file: ImageFile, header: Header, directory: array[int], redundant: array[int] | None
-) -> None:
+def _make_tables(file: ImageFile, header: Header, directory: array[int], redundant: array[int] | None) -> None:
     """Empty tables behind everything else, durable before the directories point at them."""
     at = -(-file.size_bytes // header.grain_bytes) * header.grain_bytes
     step = -(-header.table_bytes // SECTOR_BYTES)
@@ -127,17 +123,14 @@ def _make_tables(
     file.sync_or_raise()
 
 
-def differing_tables(
+def _differing(
     file: ImageFile, header: Header, directory: array[int], redundant: array[int]
-) -> Iterator[tuple[int, int, bytes, bytes]]:
-    """(index, place of the redundant table, the table, the redundant table) where the copies differ. ImageError if
-    one cannot be read."""
-    for index, (one, two) in enumerate(zip(directory, redundant, strict=True)):
-        if one and two:
-            data = file.load(one * SECTOR_BYTES, header.table_bytes, "a grain table")
-            copy = file.load(two * SECTOR_BYTES, header.table_bytes, "a redundant grain table")
-            if data != copy:
-                yield index, two * SECTOR_BYTES, data, copy
+) -> Iterator[tuple[int, bytes]]:
+    """(place of the redundant table, the table) where the copies differ. ImageError if one cannot be read."""
+    for one, two in zip(directory, redundant, strict=True):
+        data = file.load(one * SECTOR_BYTES, header.table_bytes, "a grain table")
+        if data != file.load(two * SECTOR_BYTES, header.table_bytes, "a redundant grain table"):
+            yield two * SECTOR_BYTES, data
 
 
 def mark_open(file: ImageFile, is_open: bool) -> None:
