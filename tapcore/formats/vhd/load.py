@@ -6,6 +6,7 @@ import errno
 from array import array
 from bisect import bisect_right
 from itertools import islice, pairwise
+from operator import sub
 from pathlib import Path
 from typing import Final
 
@@ -222,6 +223,8 @@ def find_overlaps(image: Image, table: array[int], file_bytes: int) -> list[str]
         first = bisect_right(used, start // SECTOR_BYTES - stride)
         if first < len(used) and used[first] * SECTOR_BYTES < end:
             found.append(f"{name(used[first])}: overlaps {what}")
+    if min(map(sub, islice(used, 1, None), used), default=stride) >= stride:
+        return found
     for entry, other in pairwise(used):
         if other - entry < stride:
             found.append(f"{name(entry)}: overlaps "
