@@ -23,10 +23,9 @@ power loss. Memory is bounded: 16 MiB of bitmaps, and 5 bytes a block.
 
 On a block device, as XenServer has them, blocks are added up to the footer at its end; then writes get ENOSPC.
 
-Limits: disks up to 2040 GiB. An image whose BAT names places that
-are not in the file, or overlap, is not opened for writing. A block that was once allocated stays. tapdisk's images
-of version 0.1 (bitmaps of another bit order) are refused. XenServer's own tools want sizes that are multiples of
-2 MiB.
+Limits: disks up to 2040 GiB. An image whose BAT names places that are not in the file, or overlap, is not opened
+for writing. A block that was once allocated stays. tapdisk's images of version 0.1 (bitmaps of another bit order)
+are refused. XenServer's own tools want sizes that are multiples of 2 MiB.
 """
 
 from __future__ import annotations

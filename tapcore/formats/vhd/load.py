@@ -149,11 +149,12 @@ def load_full_blocks(file: ImageFile, image: Image) -> bytearray:
         return bytearray(count)
     bits = bitarray(endian="big")
     bits.frombytes(data)
-    return bytearray(bits[:count].unpack())
+    return bytearray(bits[:count].unpack()).ljust(count, b"\0")
 
 
 def batmap_bytes(image: Image) -> int:
-    """How much of the batmap is in use, as tapdisk counts it: by the disk's size, whole sectors, at least one."""
+    """How much of the batmap is in use, as tapdisk counts it: by the disk's size, whole sectors, at least one. The
+    last few blocks of some sizes have no bit in it."""
     return round_up(max(1, image.size_bytes >> 24))
 
 

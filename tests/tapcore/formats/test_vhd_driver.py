@@ -149,6 +149,18 @@ def test_the_batmap_tells_which_blocks_are_full(env: Env, tmp_path: Path) -> Non
     again.close()
 
 
+def test_a_block_that_has_no_bit_in_the_batmap(env: Env, tmp_path: Path) -> None:
+    """tapdisk counts its bytes by whole 16 MiB of the disk."""
+    path, size = tmp_path / "a.vhd", (8 << 30) + (2 << 20)
+    create(str(path), size)
+    for byte in (b"1", b"2"):
+        runner = Runner(env, f"vhd:{path}")
+        assert runner.write(size - (4 << 20), byte * (4 << 20)) == 0
+        assert runner.read(size - 512, 512) == byte * 512
+        runner.close()
+        assert check(str(path)).messages == []
+
+
 def check_copy(path: Path) -> list[str]:
     """What is wrong with the file as it is now, though someone has it open."""
     copy = path.with_name("copy.vhd")
