@@ -214,7 +214,7 @@ class Pausing:
                 return
             disk.let_go()
             disk.overdue = None
-            vbd.fenced = why
+            vbd.fence(why)
             logger.warning("%s: %s", disk.name, why)
             call.finish({"fenced": why})
 

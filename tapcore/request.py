@@ -98,6 +98,16 @@ class Request:
         return f"<{OP_NAMES[self.op]} {self.length} bytes at {self.offset}, error {self.error}>"
 
 
+class Caller:
+    """The owner of a single request: `done(errno, extents)` is called when it ends."""
+
+    def __init__(self, done: Callable[[int, list[Extent]], None]) -> None:
+        self._done = done
+
+    def request_done(self, request: Request) -> None:
+        self._done(request.error, request.extents)
+
+
 def fail(request: Request, code: int) -> bool:
     """Complete `request` early with the errno `code`: `return fail(request, EIO)`."""
     request.error = code

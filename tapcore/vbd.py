@@ -39,6 +39,7 @@ from tapcore.request import (
     STATUS,
     WRITE,
     ZEROES,
+    Caller,
     Extent,
     Request,
     fail,
@@ -180,6 +181,13 @@ class Vbd:
         self.state = RUNNING
         _run(self._idle_waiters)
         self._retry_now()
+        held, self._held = self._held, []
+        self._deliver(self.submit(held))
+
+    def fence(self, reason: str) -> None:
+        """Of a paused disk: from now on `fenced`. Flushes of such a disk end well: what was acknowledged is
+        durable where the disk is now, and a monitor that flushes as it lets go of it must not wait for ever."""
+        self.fenced = reason
         held, self._held = self._held, []
         self._deliver(self.submit(held))
 
@@ -332,8 +340,9 @@ class Vbd:
             for request in batch:
                 request.error = errno.ESHUTDOWN
             return list(batch)
-        self._held.extend(batch)
-        return []
+        flushes = [request for request in batch if request.op == FLUSH] if self.fenced else []
+        self._held.extend(request for request in batch if request not in flushes)
+        return flushes
 
     def _submit_now(self, batch: Sequence[Request]) -> list[Request]:
         """`submit`, past the throttle."""
@@ -465,7 +474,7 @@ class Vbd:
     def _ask(self, request: Request, done: Callable[[int, list[Extent]], None]) -> None:
         """Send a request of the vbd's own down the chain, whatever the state: `done(errno, extents)`."""
         request.done = self.request_done
-        request.owner = _Caller(done)
+        request.owner = Caller(done)
         if self._queue[request.op](request):
             done(request.error, request.extents)
         else:
@@ -487,13 +496,3 @@ def _run(waiters: list[Callable[[], None]]) -> None:
     waiters.clear()
     for action in ready:
         action()
-
-
-class _Caller:
-    """The owner of a request of the vbd's own."""
-
-    def __init__(self, done: Callable[[int, list[Extent]], None]) -> None:
-        self._done = done
-
-    def request_done(self, request: Request) -> None:
-        self._done(request.error, request.extents)

@@ -522,3 +522,15 @@ def test_a_slowed_write_waits_out_a_pause_and_ends_with_its_owner_or_the_disk(vb
     vbd.submit(last)
     vbd.close(lambda: None)
     assert owner.late[-1] is last[1] and last[1].error == errno.ESHUTDOWN
+
+
+def test_flushes_of_a_fenced_disk_end_well_and_writes_wait(vbd: Vbd) -> None:
+    owner = Owner(vbd)
+    vbd.pause(lambda: None)
+    flush, write = owner.make(FLUSH), owner.make(WRITE, 0, b"z" * 512)
+    assert vbd.submit([flush, write]) == []
+    vbd.fence("handed over")
+    assert owner.late == [flush] and flush.error == 0
+    second = owner.make(FLUSH)
+    assert vbd.submit([second]) == [second] and second.error == 0
+    assert vbd.waiting == 1 and leaf().log == []
