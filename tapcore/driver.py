@@ -131,7 +131,8 @@ class Driver:
         raise NotImplementedError(self.name)
 
     def close(self) -> None:
-        """Release all that `open` took. Called once, with nothing in flight."""
+        """Release all that `open` took. Called once, with nothing in flight; of an image format it may run in a
+        worker, like `open`."""
 
     def counters(self) -> dict[str, int]:
         """Figures for people, by name."""

@@ -5,8 +5,10 @@
 
     1 open the parent for writing; pause; it takes the place of the one that was open for reading; the gate above
     2 copy, beside the guest: what the top holds hides what is written below it, so the guest sees nothing of this
-    3 copy what the guest has changed since, round after round, until little is left
-    4 pause; copy the rest; flush the parent; put a new, empty image of the same parent in the place of the top
+    3 copy what the guest has changed since, round after round, until little is left or it gets no less; from then
+      on the guest's writes go to both
+    4 copy and flush what is left; pause; copy and flush the rest; put a new, empty image of the same parent in the
+      place of the top
     5 the filters stand on the parent, the guest goes on
 
 What a crash leaves: up to the exchange of files in 4 the top, which has all that was ever flushed, over a parent
@@ -40,9 +42,11 @@ from tapcore.request import BACKGROUND, FLUSH, STATUS, STATUS_HOLE, STATUS_ZERO,
 
 logger = logging.getLogger(__name__)
 
-PAUSE_S: Final = 0.1
+PAUSE_S: Final = 0.02
 """How long the last round may take, as estimated."""
-PATIENT_ROUNDS: Final = 3
+PATIENT_ROUNDS: Final = 2
+"""After so many the guest's writes go to the parent at once, too."""
+MAX_ROUNDS: Final = 6
 """After so many the last round may take twice as long with each further one: it ends, whatever the guest does."""
 MIN_SPEED: Final = 50e6
 """Bytes a second: the least that is taken for the speed of copying."""
@@ -130,6 +134,8 @@ class Commit(CopyJob):
             rounds += 1
             self.phase = f"copying what has changed, round {rounds}"
             if rounds > PATIENT_ROUNDS:
+                self.gate.mirror = self.target
+            if rounds > MAX_ROUNDS:
                 allowed_s *= 2
             began_s, before_bytes = self.env.loop.time_s(), self.copied_bytes
             yield self.copy_changed
@@ -137,7 +143,10 @@ class Commit(CopyJob):
     def _finish(self, top: ImageDriver, empty: Path) -> Steps[None]:
         self.phase = "switching"
         parent, place = self.target, Path(os.path.realpath(top.path or ""))
-        switch = Switch(self)
+        self.gate.mirror = parent
+        yield self.copy_changed
+        yield asking(parent, Request(FLUSH, flags=BACKGROUND))
+        switch = Switch(self, flushes=False)
         yield switch.begin
         try:
             yield self.copy_changed
@@ -155,8 +164,8 @@ class Commit(CopyJob):
         self._unclaim()
         switch.end(parent)
         try:
-            close_image(top)
-        except (WritelogError, OSError) as error:
+            yield in_worker(self.env, lambda: close_image(top))
+        except WritelogError as error:
             logger.warning("%s: closing %s, which was replaced: %s", self.disk.name, top.path, error)
 
     def _make_empty(self, top: ImageDriver, empty: Path) -> None:

@@ -1,6 +1,7 @@
 """The short pause in which what the filters of a disk stand on is exchanged.
 
-    begin ─▶ the disk is paused, nothing is in flight, the image is flushed, no driver does anything
+    begin ─▶ the image is flushed, so that little is left to flush in the pause
+             the disk is paused, nothing is in flight, the image is flushed, no driver does anything
     end   ─▶ the filters stand on what is given, the disk goes on (unless somebody else wants it paused)
 """
 
@@ -20,10 +21,11 @@ TRY_AGAIN_S: Final = 0.02
 
 
 class Switch:
-    """One pause of the disk of `job`."""
+    """One pause of the disk of `job`. `flushes` unless the image is of no further use."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, *, flushes: bool = True) -> None:
         self._job = job
+        self._flushes = flushes
         self._loop = job.env.loop
         self._vbd = job.disk.vbd
         self._began_s = 0.0
@@ -32,8 +34,14 @@ class Switch:
     def begin(self, done: Done) -> None:
         """A step. If it fails nothing is changed and there is nothing to end."""
         self._done = done
-        self._began_s = self._loop.time_s()
-        self._pause()
+        self._flush_leaf(self._flushed_before)
+
+    def _flushed_before(self, error: WritelogError | None) -> None:
+        if error is None:
+            self._began_s = self._loop.time_s()
+            self._pause()
+        else:
+            self._done(error)
 
     def _pause(self) -> None:
         try:
@@ -51,7 +59,13 @@ class Switch:
             self._loop.call_soon(self._pause)
 
     def _flush(self) -> None:
-        asking(self._vbd.chain.leaf, Request(FLUSH, flags=BACKGROUND))(self._flushed)
+        self._flush_leaf(self._flushed)
+
+    def _flush_leaf(self, done: Done) -> None:
+        if self._flushes:
+            asking(self._vbd.chain.leaf, Request(FLUSH, flags=BACKGROUND))(done)
+        else:
+            done(None)
 
     def _flushed(self, error: WritelogError | None) -> None:
         if error is None:

@@ -43,7 +43,7 @@ def wait_for_job(control: ControlClient, guest: LiveWriter | None = None) -> dic
 
 
 @pytest.mark.parametrize("kinds", [["aio", "qcow2"], ["qcow2", "qcow2"], ["vhd", "vhd"],
-                                   ["aio", "qcow2", "qcow2"], ["vhd", "qcow2"], ["vmdk", "qcow2"]], ids="-".join)
+                                   ["aio", "qcow2", "qcow2"], ["qcow2", "qcow"], ["vmdk", "qcow2"]], ids="-".join)
 def test_commit_beside_a_guest(env: Env, serve: Serve, tmp_path: Path, kinds: list[str]) -> None:
     paths, disk = make_chain(env, tmp_path, kinds, SIZE)
     parent, top = paths[-2:]

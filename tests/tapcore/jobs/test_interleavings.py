@@ -31,7 +31,7 @@ class Overlay(Manual):
 
     def open(self) -> None:
         super().open()
-        self.below = bytes(range(1, BLOCKS + 1)) * BLOCK
+        self.below: bytes | bytearray = bytes(range(1, BLOCKS + 1)) * BLOCK
         self.owned: set[int] = set()
 
     def queue_own_status(self, request: Request) -> bool:
@@ -78,9 +78,13 @@ class Play:
         self.top.open()
         self.other = Manual(env, str(BLOCK * BLOCKS), OpenFlag.NONE)
         self.other.open()
+        if not into:
+            self.other.data[:] = self.top.below
+            self.top.below = self.other.data
         self.job = Copying(env, self.top, self.top if into else self.other)
         self.expected = bytearray(self.top.below)
         self.flying: list[Request] = []
+        self.queueing: Request | None = None
         self.in_pass = False
         self.begin(self.job.copy_disk)
 
@@ -100,10 +104,15 @@ class Play:
         request = Request(op, at, length, [memoryview(data)] if op == WRITE else [], done=self.guest_done)
         self.flying.append(request)
         self.expected[at : at + length] = data
-        if self.job.gate.queue_write(request):
+        self.queueing = request
+        is_complete = self.job.gate.queue_write(request)
+        self.queueing = None
+        self.job.gate.submit()
+        if is_complete:
             self.flying.remove(request)
 
     def guest_done(self, request: Request) -> None:
+        assert request is not self.queueing, "completed before its verb returned"
         self.flying.remove(request)
 
     def finish(self, disk: Manual, number: int) -> None:
@@ -130,12 +139,16 @@ class Play:
             self.finish(self.top, a)
         elif kind == "other":
             self.finish(self.other, a)
+        elif kind == "early":
+            self.top.early, self.other.early = bool(a & 1), bool(a & 2)
+        elif kind == "mirror" and self.job.source is not self.job.target:
+            self.job.gate.mirror = self.other
         elif kind == "round" and not self.in_pass:
             self.begin(self.job.copy_changed if self.job.source is not self.job.target else self.job.copy_disk)
         self.env.loop.turn(0)
 
 
-actions = st.lists(st.tuples(st.sampled_from(("write", "top", "top", "other", "round", "turn")),
+actions = st.lists(st.tuples(st.sampled_from(("write", "top", "top", "other", "round", "turn", "mirror", "early")),
                              st.integers(0, 40), st.integers(0, 10)), max_size=60)
 
 

@@ -17,6 +17,7 @@ from support import need
 from tapcore.control import find_disk
 from tapcore.driver import Env
 from tapcore.errors import ControlError
+from tapcore.formats.tools import find_tools
 
 SIZE = 2 << 20
 SWITCH = "tapcore.jobs.switch:Switch"
@@ -77,6 +78,17 @@ def test_commit(env: Env, tmp_path: Path, run_dir: Path, place: str) -> None:
     paths, disk = make_chain(env, tmp_path, ["qcow2"] * 3, SIZE)
     guest = play(run_dir, disk, f"qcow2:{paths[-1]}", place, "commit")
     look(env, guest, paths[-1])
+
+
+@pytest.mark.parametrize("kind", ["qcow", "vhd"])
+@pytest.mark.parametrize("place", ["pathlib:Path.rename:before:2", "pathlib:Path.rename:after:2"])
+def test_commit_of_other_formats(env: Env, tmp_path: Path, run_dir: Path, kind: str, place: str) -> None:
+    paths, disk = make_chain(env, tmp_path, ["aio" if kind == "qcow" else kind, kind], SIZE)
+    guest = play(run_dir, disk, f"{kind}:{paths[-1]}", place, "commit")
+    runner = Runner(env, f"{kind}:{paths[-1]}")
+    assert guest.may_hold(runner.read(0, SIZE))
+    runner.close()
+    assert find_tools(kind).check(str(paths[-1])).errors == 0
 
 
 @pytest.mark.parametrize("place", [
