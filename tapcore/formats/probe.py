@@ -45,7 +45,7 @@ class Guess:
 def parent_of(path: str, backing_file: str, backing_format: str | None) -> ParentId:
     """The parent of the image at `path` that names `backing_file` (relative to its folder) of `backing_format`
     (QEMU's name; None: look). ImageError if it is no local file, or of a format that has no driver."""
-    parent = _beside(path, backing_file, "backing file")
+    parent = beside(path, backing_file, "backing file")
     if backing_format is None:
         return ParentId(probe(parent, path), parent)
     if backing_format not in FORMATS:
@@ -54,13 +54,15 @@ def parent_of(path: str, backing_file: str, backing_format: str | None) -> Paren
     return ParentId(FORMATS[backing_format], parent)
 
 
-def data_path(path: str, name: str) -> str:
-    """The path of the data file that the image at `path` names, relative to its folder. ImageError if it is no
-    local file."""
-    return _beside(path, name, "external data file")
+def leads_inside(place: Path, folder: Path) -> bool:
+    """Is `place`, wherever links lead, in `folder` or below it?"""
+    try:
+        return place.resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError):  # such as a loop of symbolic links
+        return False
 
 
-def _beside(path: str, name: str, what: str) -> str:
+def beside(path: str, name: str, what: str) -> str:
     """A file that the image at `path` names, as a path that begins with "/" or "./"."""
     plain = name.removeprefix("file:")
     if ":" in plain.partition("/")[0]:

@@ -379,14 +379,17 @@ def test_every_command_has_help_with_examples() -> None:
 
 def test_a_data_file_is_made_and_appears_with_its_image(tmp_path: Path) -> None:
     content = sparse(tmp_path / "a.raw")
-    image, elsewhere = tmp_path / "b.qcow2", tmp_path / "elsewhere"
+    image, elsewhere = tmp_path / "images" / "b.qcow2", tmp_path / "elsewhere"
     elsewhere.mkdir()
+    image.parent.mkdir()
     options = f"data_file={elsewhere}/b.data,data_file_raw=on"
     assert "--existing" in td_img("convert", "-o", options, tmp_path / "a.raw", image, status=2)
     assert list(elsewhere.iterdir()) == [] and not image.exists()
     td_img("create", "-o", options, image, SIZE)
-    td_img("convert", "--existing", tmp_path / "a.raw", image)
+    assert "outside the image's folder" in td_img("convert", "--existing", tmp_path / "a.raw", image, status=1)
+    chain = f"qcow2:data_file={elsewhere}/b.data,{image}"
+    td_img("convert", "--existing", tmp_path / "a.raw", chain)
     assert (elsewhere / "b.data").read_bytes() == content
     qemu_img("compare", tmp_path / "a.raw", image)
-    td_img("convert", "-o", "data_file=c.data", image, tmp_path / "c.qcow2")
-    assert (tmp_path / "c.data").exists() and td_img("compare", image, tmp_path / "c.qcow2")
+    td_img("convert", "-o", "data_file=c.data", chain, tmp_path / "c.qcow2")
+    assert (tmp_path / "c.data").exists() and td_img("compare", chain, tmp_path / "c.qcow2")

@@ -16,10 +16,10 @@ from pathlib import Path
 from tapcore.driver import OpenFlag
 from tapcore.errors import ImageError
 from tapcore.formats.imagefile import ImageFile
-from tapcore.formats.probe import data_path
+from tapcore.formats.probe import beside
 from tapcore.formats.qcow2.counts import CHUNK, CHUNK_BITS, COUNT, MARKED, UNMARKED
 from tapcore.formats.qcow2.layout import CORRUPT, DIRTY, FEATURES, INCOMPATIBLE_AT, Header
-from tapcore.formats.qcow2.load import load_header
+from tapcore.formats.qcow2.load import DATA_FILE, load_header
 from tapcore.formats.qcow2.refcounts import RefcountBlock
 from tapcore.formats.qcow2.rewrite import Rewrite
 from tapcore.formats.qcow2.walk import Walk
@@ -90,7 +90,7 @@ def _stored(walk: Walk) -> Iterator[tuple[int, list[int]]]:
 def _compare(walk: Walk) -> Report:
     """Hold the refcounts of the image against what was counted, and the COPIED flags against both."""
     report, data_file = walk.report, walk.header.data_file
-    if data_file is not None and not Path(data_path(walk.file.path, data_file)).exists():
+    if data_file is not None and not Path(beside(walk.file.path, data_file, DATA_FILE)).exists():
         report.add(f"the external data file {data_file!r} does not exist")
     walk.count_tables(1)
     entries = [entry for entry in walk.refcount_table() if entry]

@@ -15,7 +15,7 @@ from typing import Final
 
 from tapcore.errors import ImageError, UsageError, image_error
 from tapcore.formats.extents import to_big_endian
-from tapcore.formats.probe import FORMATS, data_path
+from tapcore.formats.probe import FORMATS, beside
 from tapcore.formats.qcow2.layout import (
     AUTOCLEAR_DATA_RAW,
     COMPRESSION_TYPE,
@@ -38,6 +38,7 @@ from tapcore.formats.qcow2.layout import (
     MIN_CLUSTER_BITS,
     MIN_SUBCLUSTERS_BITS,
 )
+from tapcore.formats.qcow2.load import DATA_FILE
 from tapcore.formats.qcow2.refcounts import RefcountBlock
 
 REFCOUNT_BITS: Final = (1, 2, 4, 8, 16, 32, 64)
@@ -95,7 +96,7 @@ def create(
     if data_file is None:
         _write_new(path, writes, total * cluster_bytes)
         return
-    data = data_path(path, data_file)
+    data = beside(path, data_file, DATA_FILE)
     _write_new(data, [], size_bytes)
     try:
         _write_new(path, writes, total * cluster_bytes)

@@ -7,10 +7,10 @@ import logging
 import os
 
 from tapcore.driver import DiskInfo, Feature, ParentId
-from tapcore.errors import ImageError
+from tapcore.errors import ImageError, UsageError
 from tapcore.formats.extents import TableMiss, from_big_endian
 from tapcore.formats.imagefile import ImageFile
-from tapcore.formats.probe import data_path, parent_of
+from tapcore.formats.probe import parent_of
 from tapcore.formats.qcow2.changes import Qcow2Writer
 from tapcore.formats.qcow2.check import rebuild_refcounts
 from tapcore.formats.qcow2.layout import (
@@ -22,7 +22,7 @@ from tapcore.formats.qcow2.layout import (
     INCOMPATIBLE_AT,
     OFFSET_MASK,
 )
-from tapcore.formats.qcow2.load import load_header, load_refcounts
+from tapcore.formats.qcow2.load import DATA_FILE, data_path, load_header, load_refcounts
 from tapcore.formats.qcow2.mapping import Mapping
 from tapcore.formats.qcow2.refcounts import REFCOUNTS
 from tapcore.formats.qcow2.subcluster_changes import SubclusterWriter
@@ -42,17 +42,17 @@ class Qcow2Driver(WritableDriver):
 
     def open(self) -> None:
         """UsageError for bad parameters; ImageError if the image is not valid, not supported, or in use."""
-        _, self.path = path_params(self.name, self.params)
+        options, self.path = path_params(self.name, self.params, ("data_file",))
         file = self.file_kind.open(self.path, self.flags)
         try:
-            self._open(file)
+            self._open(file, options.get("data_file"))
         except BaseException:
             file.close()
             raise
 
-    def _open(self, file: ImageFile) -> None:
+    def _open(self, file: ImageFile, data_file: str | None) -> None:
         self.header = load_header(file)
-        data = None if self.header.data_file is None else self._open_data(file.path, self.header.data_file)
+        data = self._open_data(file.path, data_file)
         try:
             self._start(file, data)
         except BaseException:
@@ -60,13 +60,19 @@ class Qcow2Driver(WritableDriver):
                 data.close()
             raise
 
-    def _open_data(self, path: str, name: str) -> ImageFile:
+    def _open_data(self, path: str, chosen: str | None) -> ImageFile | None:
+        name = self.header.data_file
+        if name is None:
+            if chosen is not None:
+                raise UsageError(f"{path} has no {DATA_FILE}", hint="leave out the option data_file")
+            return None
+        place = data_path(path, name) if chosen is None else chosen
         try:
-            return self.file_kind.open(data_path(path, name), self.flags)
+            return self.file_kind.open(place, self.flags)
         except ImageError as error:
-            error.message = f"the external data file {name!r}: {error.message}"
-            if error.errno == errno.ENOENT:
-                error.hint = "a relative name is looked up in the image's folder"
+            error.message = f"the {DATA_FILE} {chosen or name!r}: {error.message}"
+            if error.errno == errno.ENOENT and chosen is None:
+                error.hint = "its name, if relative, is looked up in the image's folder"
             raise
 
     def _start(self, file: ImageFile, data: ImageFile | None) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+from pathlib import Path
 from typing import Final
 
 from tapcore.errors import ImageError
 from tapcore.formats.extents import from_big_endian
 from tapcore.formats.imagefile import ImageFile
+from tapcore.formats.probe import beside, leads_inside
 from tapcore.formats.qcow2.layout import SNAPSHOT, Header, parse_header
 from tapcore.formats.qcow2.refcounts import Refcounts
 
+DATA_FILE: Final = "external data file"
 HEADER_READ_BYTES: Final = 2 << 20
 """As much as the largest cluster has."""
 
@@ -18,6 +22,16 @@ def load_header(file: ImageFile) -> Header:
     """ImageError if there is no valid one, or the image needs what is not supported."""
     data = file.load(0, min(HEADER_READ_BYTES, file.size_bytes), "the header")
     return parse_header(file.path, data, file.size_bytes)
+
+
+def data_path(path: str, name: str) -> str:
+    """Where the external data file `name` of the image at `path` is. ImageError if that is outside the image's
+    folder: an image from elsewhere must not make others read or write what it likes."""
+    place = beside(path, name, DATA_FILE)
+    if not leads_inside(Path(place), Path(path).parent):
+        raise ImageError(f"its {DATA_FILE} {name!r} is outside the image's folder", errno=errno.EPERM, path=path,
+                         hint=f"if that is as it should be, open it as qcow2:data_file={place},{path}")
+    return place
 
 
 def load_refcounts(file: ImageFile, header: Header) -> Refcounts:

@@ -23,10 +23,10 @@ from tapcore.chain import open_chain
 from tapcore.driver import Env, OpenFlag
 from tapcore.errors import ImageError, UsageError
 from tapcore.formats.imagefile import ImageFile
-from tapcore.formats.probe import data_path
 from tapcore.formats.qcow2.driver import Qcow2Driver
 from tapcore.formats.qcow2.header import open_to_change, write_fields
 from tapcore.formats.qcow2.layout import MAX_L1_BYTES, OFFSET_MASK, Header
+from tapcore.formats.qcow2.load import data_path
 from tapcore.formats.qcow2.rewrite import begin
 from tapcore.formats.qcow2.walk import Walk
 from tapcore.loop import Loop

@@ -28,6 +28,7 @@ from typing import Final, NoReturn
 
 from tapcore.driver import SECTOR_BYTES
 from tapcore.errors import ImageError
+from tapcore.formats.probe import leads_inside
 from tapcore.formats.vmdk.layout import MAX_DESCRIPTOR_BYTES, MAX_SECTORS, Sectors
 
 NO_PARENT_CID: Final = 0xFFFFFFFF
@@ -149,17 +150,10 @@ def extent_path(path: str, name: str) -> str:
         _refuse(path, f"its descriptor names an extent {name!r}: that is no file's name")
     folder = Path(path).parent
     place = folder / name
-    if name.startswith("/") or ".." in place.parts[len(folder.parts) :] or not _leads_inside(place, folder):
+    if name.startswith("/") or ".." in place.parts[len(folder.parts) :] or not leads_inside(place, folder):
         _refuse(path, f"its descriptor names the extent {name!r}, which is outside the image's folder",
                 errno.EPERM, hint="bring the extents into the descriptor's folder, and name them without a path")
     return str(place) if place.is_absolute() else f"./{place}"
-
-
-def _leads_inside(place: Path, folder: Path) -> bool:
-    try:
-        return place.resolve().is_relative_to(folder.resolve())
-    except (OSError, RuntimeError):  # such as a loop of symbolic links
-        return False
 
 
 def render_descriptor(

@@ -26,9 +26,9 @@ SIZE = 1 << 20
 
 
 def test_the_data_is_where_the_guest_has_it(env: Env, tmp_path: Path) -> None:
-    path, data = tmp_path / "sub" / "a.qcow2", tmp_path / "a.data"
-    path.parent.mkdir()
-    create(str(path), SIZE, data_file="../a.data")
+    path, data = tmp_path / "a.qcow2", tmp_path / "sub" / "a.data"
+    data.parent.mkdir()
+    create(str(path), SIZE, data_file="sub/a.data")
     runner = Runner(env, f"qcow2:{path}")
     assert runner.write(200000, b"x" * 3000) == 0
     before = runner.late
@@ -40,7 +40,7 @@ def test_the_data_is_where_the_guest_has_it(env: Env, tmp_path: Path) -> None:
     assert data.read_bytes()[:10] == b"z" * 10
     report = check(str(path))
     assert (report.errors, report.leaks) == (0, 0)
-    assert Qcow2Tools.describe(str(path))["data_file"] == "../a.data"
+    assert Qcow2Tools.describe(str(path))["data_file"] == "sub/a.data"
 
 
 def test_discards_and_zeroes_give_its_space_back(env: Env, tmp_path: Path) -> None:
@@ -82,17 +82,49 @@ def test_a_data_file_that_is_missing_is_named_and_nothing_is_changed(env: Env, t
     assert check(str(path)).messages == ["the external data file 'a.data' does not exist"]
 
 
+@pytest.mark.parametrize("name", ["../secret", "{folder}/secret", "link", "linked/secret"])
+def test_one_outside_the_folder_has_to_be_said(env: Env, tmp_path: Path, name: str) -> None:
+    """Or an image from strangers would make others read and write what it likes."""
+    path, secret = tmp_path / "sub" / "a.qcow2", tmp_path / "secret"
+    path.parent.mkdir()
+    create(str(path), SIZE, data_file="a.data")
+    (path.parent / "a.data").rename(secret)
+    (path.parent / "link").symlink_to("../secret")
+    (path.parent / "linked").symlink_to("..")
+    rename_data(path, name.format(folder=tmp_path).encode())
+    for flags in (OpenFlag.RDONLY, OpenFlag.NONE):
+        with pytest.raises(ChainError, match="outside the image's folder"):
+            open_chain(env, f"qcow2:{path}", flags)
+    with pytest.raises(ImageError, match="outside the image's folder"):
+        resize(str(path), 512, shrink=True)
+    assert secret.stat().st_size == SIZE
+    runner = Runner(env, f"qcow2:data_file={secret},{path}")
+    assert runner.write(0, b"s" * 512) == 0
+    runner.close()
+    assert secret.read_bytes()[:512] == b"s" * 512
+
+
+def test_the_option_is_for_images_that_have_one(env: Env, tmp_path: Path) -> None:
+    create(str(tmp_path / "a.qcow2"), SIZE)
+    with pytest.raises(ChainError, match="has no external data file"):
+        open_chain(env, f"qcow2:data_file=/x,{tmp_path / 'a.qcow2'}")
+
+
+def rename_data(path: Path, name: bytes) -> None:
+    content = bytearray(path.read_bytes())
+    at = content.index(b"a.data")
+    content[at - 4 : at] = len(name).to_bytes(4, "big")
+    content[at : at + max(len(name), 8)] = name.ljust(8, b"\0")
+    path.write_bytes(content)
+
+
 @pytest.mark.parametrize(("name", "what"), [
     (b"", "does not say which"), (b"a\0b", "NUL byte"), (b"x" * 1024, "1024 bytes"),
     (b"nbd://host/x", "not the path of a local file")])
 def test_a_name_that_cannot_be_one_is_refused(env: Env, tmp_path: Path, name: bytes, what: str) -> None:
     path = tmp_path / "a.qcow2"
     create(str(path), SIZE, data_file="a.data")
-    content = bytearray(path.read_bytes())
-    at = content.index(b"a.data")
-    content[at - 4 : at] = len(name).to_bytes(4, "big")
-    content[at : at + max(len(name), 8)] = name.ljust(8, b"\0")
-    path.write_bytes(content)
+    rename_data(path, name)
     with pytest.raises(ChainError, match=what):
         open_chain(env, f"qcow2:{path}")
 
