@@ -46,8 +46,9 @@ class Mapping(Protocol):
     """The size and alignment of what one PACKED extent unpacks to."""
 
     def find(self, offset: int, length: int, max_extents: int = 0) -> list[MapExtent]:
-        """Consecutive extents from `offset` on: all `length` bytes, or `max_extents` if that is not 0 and there
-        are more. Raises TableMiss, and ImageError for an entry that cannot be right."""
+        """Consecutive extents from `offset` on: all `length` bytes, or if `max_extents` is not 0 that many at
+        most, and perhaps only what comes before a table that is not cached. Raises TableMiss, and ImageError for
+        an entry that cannot be right."""
 
     def install(self, miss: TableMiss, data: bytes) -> None:
         """Cache a table. ImageError if it cannot be right."""

@@ -48,7 +48,12 @@ class Mapping:
         first_host, file_bytes, within_mask = self.first_host, self.file_bytes, self.unit_bytes - 1
         last_kind, last_length, last_host = -1, 0, 0
         while offset < end:
-            table = self.table(offset >> self.table_shift)
+            try:
+                table = self.table(offset >> self.table_shift)
+            except TableMiss:
+                if max_extents and last_length:
+                    break
+                raise
             if table is None:
                 kind, host = HOLE, 0
                 piece = min(end, (offset >> self.table_shift) + 1 << self.table_shift) - offset

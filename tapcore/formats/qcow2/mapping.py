@@ -71,7 +71,12 @@ class Mapping:
         last_kind, last_length, last_host = -1, 0, 0
         not_plain = -1 if self.external else self.not_plain
         while offset < end:
-            table = self.table(offset >> self.table_shift)
+            try:
+                table = self.table(offset >> self.table_shift)
+            except TableMiss:
+                if max_extents and last_length:
+                    break
+                raise
             if table is None:
                 kind, host = HOLE, 0
                 piece = min(end, (offset >> self.table_shift) + 1 << self.table_shift) - offset

@@ -64,7 +64,12 @@ class Mapping:
         end = offset + length
         last_kind, last_length, last_host = -1, 0, 0
         while offset < end:
-            table = self.table(offset >> self.table_bits)
+            try:
+                table = self.table(offset >> self.table_bits)
+            except TableMiss:
+                if max_extents and last_length:
+                    break
+                raise
             if table is None:
                 kind, host = HOLE, 0
                 piece = min(end, (offset >> self.table_bits) + 1 << self.table_bits) - offset
