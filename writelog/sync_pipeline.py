@@ -112,6 +112,11 @@ class Pipeline:
         self._block_bytes = reader.granularity_bytes
         self.reset(None, 0)
 
+    def go_on_counting(self, former: Pipeline) -> None:
+        """Take over the totals of a pipeline that is given up."""
+        self.sent_bytes, self.zero_bytes = former.sent_bytes, former.zero_bytes
+        self.first_pass_bytes, self.applied_bytes = former.first_pass_bytes, former.applied_bytes
+
     def begin_pass(self, unsent: bitarray) -> None:
         """These blocks are to be sent, a bit each; whatever is sent beyond them is extra."""
         self._unsent = unsent

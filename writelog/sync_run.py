@@ -13,6 +13,7 @@ Never lose a write:
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
 import os
 import time
@@ -21,7 +22,7 @@ from typing import Final, TypeVar
 
 import zmq
 
-from tapcore.errors import ReplicationError, WritelogError
+from tapcore.errors import ControlError, LogError, ReplicationError, WritelogError
 from writelog.plan import Action, Limits
 from writelog.sync_copy import MAX_OPEN_PORTIONS, Copier
 from writelog.sync_link import Link, LinkLost, Peer
@@ -59,6 +60,8 @@ ANSWER_S: Final = 30.0
 """Longest wait for what a replica answers without delay. It is known to live: it acknowledges meanwhile."""
 FIRST_TRY_S, LONGEST_TRY_S = 0.1, 15.0
 """Before a new try to connect: at first, and at most."""
+DISK_GONE: Final = frozenset({errno.ECONNRESET, errno.EPIPE, errno.EBADF, errno.ENOTCONN})
+"""What a call to a tapdisk that has ended fails with."""
 SETTLE_S: Final = 30.0
 """Longest wait for reads and buffers of a connection that is gone."""
 
@@ -102,6 +105,8 @@ class Sync:
         self._session = os.urandom(16)
         self._base = 0
         """Of the copy that is being made; 0 before it is known."""
+        self._is_begun = False
+        """Whether the copier knows what the replica lacks."""
         self._context = zmq.Context()
         self._poller = zmq.Poller()
         self._link: Link | None = None
@@ -129,6 +134,10 @@ class Sync:
                     return self._converge_and_switch()
                 except LinkLost as lost:
                     self._after_loss(lost)
+                except (LogError, ControlError) as error:
+                    if error.errno not in DISK_GONE or not self._is_begun or self._source.handed_over:
+                        raise
+                    self._wait_for_disk(error)
         except WritelogError as error:
             if not self._source.handed_over:
                 raise
@@ -170,10 +179,10 @@ class Sync:
         if not welcome.resumed:
             self._start_over()
             link.send(Base(self._base))
-        elif not self._base:
+        elif not self._is_begun:
             self._source.adopt(base)
-            self._base = base
-            self._report.resumed = True
+            self._base, self._is_begun = base, True
+            self._report.resumed |= self._report.connections == 1
             self._copier.begin(False)
         self._pipeline.reset(link, welcome.credit_bytes)
 
@@ -181,8 +190,7 @@ class Sync:
         """The replica does not hold this copy: the whole disk is to be sent."""
         if self._source.handed_over:
             raise ReplicationError("the replica was started anew and knows nothing of this copy")
-        self._base = self._source.fill()
-        self._overwrite = False
+        self._base, self._is_begun = self._source.fill(), True
         self._copier.begin(True)
 
     def _after_loss(self, lost: LinkLost) -> None:
@@ -213,6 +221,32 @@ class Sync:
         self._pipeline.settle(SETTLE_S)
         self._pipeline.reset(None, 0)
         self._copier.give_back()
+
+    def _wait_for_disk(self, error: WritelogError) -> None:
+        """The tapdisk is gone, and with it its guest: wait until the disk is served again. Its log knows
+        what the replica lacks, or has forgotten, and then it all begins anew."""
+        self._watch = None
+        self._source.paused = False
+        if self._link is not None:
+            self._link.close()
+            self._link = None
+        self._is_welcome = self._is_begun = False
+        self._pipeline.settle(SETTLE_S)
+        self._source.close()
+        while True:
+            self._back_off(f"the disk is not served any more: {error.message}")
+            try:
+                source = self._source.reopen()
+                break
+            except (LogError, ControlError) as again:
+                error = again
+        former, self._source = self._pipeline, source
+        self._copier = Copier(source, self._limits)
+        self._planner, self._pipeline = self._copier.planner, self._copier.pipeline
+        self._pipeline.go_on_counting(former)
+        if source.base() != self._base:
+            # What the replica holds is this sync's own copy: it may be replaced by a new one.
+            self._base, self._overwrite = 0, True
 
     def _back_off(self, why: str) -> None:
         """Wait before the next try, longer and longer: a link can come back after hours."""

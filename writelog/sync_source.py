@@ -46,6 +46,7 @@ class Source:
         self._hold_s = self._held_s = 0.0
         """How long a hold lasts, and when it was last asked for."""
         self._run_dir = run_dir
+        self._log_name = log_name
         self._leases: set[int] = set()
         self._control: ControlClient = find_disk(run_dir, name)
         self._log: LogClient | None = None
@@ -105,6 +106,10 @@ class Source:
     @property
     def _lock_path(self) -> Path:
         return Path(f"{self._socket}.sync")
+
+    def reopen(self) -> Source:
+        """The same disk and log, served anew. This one must be closed."""
+        return Source(self._run_dir, self.name, self._log_name)
 
     @property
     def log(self) -> LogClient:

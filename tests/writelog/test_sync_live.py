@@ -107,10 +107,15 @@ class Pair:
         os.truncate(self.image, SIZE_BYTES)
         self.copy.touch()
         os.truncate(self.copy, SIZE_BYTES)
-        self.tapdisk = serve(f"log:|delay:write=1|aio:{self.image}", "--name", "vm1")
-        self.guest = Guest(self.tapdisk.uri)
+        self._serve = serve
+        self.serve()
         self.commands: list[Command] = []
         self.endpoint = ""
+
+    def serve(self) -> None:
+        """A tapdisk with the disk, and a guest."""
+        self.tapdisk = self._serve(f"log:|delay:write=1|aio:{self.image}", "--name", "vm1")
+        self.guest = Guest(self.tapdisk.uri)
 
     def replica(self, below: str = "", *options: str) -> Command:
         command = Command("writelog.replica", "--listen", self.endpoint or "tcp://127.0.0.1:0", *options,
@@ -175,6 +180,26 @@ def test_a_busy_disk_moves_and_its_clients_find_it_at_the_replica(pair: Pair, tm
     assert pair.images_are_equal()
     assert isinstance(data, bytearray)
     assert pair.copy.read_bytes().startswith(data)
+
+
+def test_a_killed_tapdisk_is_waited_for_and_its_log_still_counts(pair: Pair) -> None:
+    pair.replica()
+    sync = pair.sync("--rate", "12M", "--verify", "--keep-running")
+    sync.event(lambda event: event.get("sent_bytes", 0) > SIZE_BYTES // 4)
+    base = pair.base()
+    pair.tapdisk.process.kill()
+    pair.tapdisk.process.communicate(timeout=WAIT_S)
+    event = sync.event(lambda event: event["state"] == "stalled")
+    assert "the disk is not served any more" in event["detail"]
+    pair.guest.stop()
+    pair.serve()
+    code, out, err = sync.end()
+    assert code == 0, err
+    report = json.loads(out.splitlines()[-1])
+    assert report["verified"]
+    assert report["connections"] == 2
+    assert pair.base() == base
+    assert pair.guest.wrote_more()
 
 
 @pytest.mark.parametrize("killed", ["sync", "replica", "both"])
