@@ -35,6 +35,7 @@ from writelog.wire import (
     Failure,
     Hello,
     Message,
+    Packed,
     Promote,
     Promoted,
     Release,
@@ -135,9 +136,11 @@ class Script:
         if isinstance(message, Base):
             self.base = message.base
             return None
-        if isinstance(message, Data | Zero):
+        if isinstance(message, Packed):
+            payload = wire.unpack(message, payload)
+        if isinstance(message, Data | Packed | Zero):
             self._digest.add(message)
-            data = bytes(payload) if isinstance(message, Data) else bytes(message.length)
+            data = bytes(message.length) if isinstance(message, Zero) else bytes(payload)
             memory[message.offset : message.offset + message.length] = data
             return Ack(message.seq, message.seq if self.durable else 0, 0, 0)
         if isinstance(message, Barrier):

@@ -30,6 +30,7 @@ from writelog.wire import (
     Digest,
     Failure,
     Message,
+    Packed,
     Promote,
     Promoted,
     Release,
@@ -40,6 +41,7 @@ from writelog.wire import (
     Zero,
     checksum,
     decode,
+    unpack,
 )
 
 CREDIT_BYTES: Final = 64 << 20
@@ -133,7 +135,11 @@ class Session:
 
     def _dispatch(self, message: Message, payload: Buffer | None) -> None:
         if isinstance(message, Data):
+            assert payload is not None, "decode() sees to it"
             self._on_data(message, payload)
+        elif isinstance(message, Packed):
+            assert payload is not None, "decode() sees to it"
+            self._on_data(message, unpack(message, payload))
         elif isinstance(message, Zero):
             self._accept(message)
             self._applier.zero(message.offset, message.length, partial(self._ended_one, message))
@@ -175,15 +181,14 @@ class Session:
         self._owner.session_based(message.base)
         self._is_based = True
 
-    def _on_data(self, message: Data, payload: Buffer | None) -> None:
-        assert payload is not None, "decode() sees to it"
+    def _on_data(self, message: Data | Packed, payload: Buffer) -> None:
         if checksum(payload) != message.checksum:
             raise ReplicationError(f"{message.length} bytes were damaged on the way: their checksum is wrong",
                                    errno=errno.EBADMSG, offset=message.offset, hint="nothing of them was written")
         self._accept(message)
         self._applier.write(message.offset, memoryview(payload), partial(self._ended_one, message))
 
-    def _accept(self, message: Data | Zero) -> None:
+    def _accept(self, message: Data | Packed | Zero) -> None:
         """Check what an extent says of itself, and count it."""
         if message.offset + message.length > self._size_bytes:
             raise ProtocolError(f"an extent of {message.length} bytes goes beyond the disk's {self._size_bytes}",
@@ -203,11 +208,11 @@ class Session:
         self._confirmed = False
         self._owner.session_confirmed(None)
 
-    def _ended_one(self, message: Data | Zero, code: int) -> None:
+    def _ended_one(self, message: Data | Packed | Zero, code: int) -> None:
         if self.state == OVER:
             return
         if code:
-            what = "write" if isinstance(message, Data) else "zero"
+            what = "zero" if isinstance(message, Zero) else "write"
             self._fail(ReplicationError(f"the replica cannot {what} {message.length} bytes: {os.strerror(code)}",
                                         errno=code, offset=message.offset))
             return

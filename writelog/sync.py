@@ -17,6 +17,7 @@ from writelog import sync_simulate
 from writelog.plan import Limits
 from writelog.replica import run_command, seconds, some_seconds
 from writelog.sync_link import Peer
+from writelog.sync_pack import AUTO, OFF, ON
 from writelog.sync_report import Reporter
 from writelog.sync_run import Interrupted, Sync
 from writelog.sync_source import Source
@@ -76,6 +77,9 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--throttle-floor", type=floor, metavar="RATE",
                         help="if it still would not, slow the guest's writes down, step by step, to this at the "
                              "least, or 'off': never (default: half of what is sent)")
+    parser.add_argument("--compress", choices=(AUTO, ON, OFF), default=AUTO,
+                        help="auto: what becomes smaller, on a link that is slower than this processor; on: on "
+                             "any link (default: %(default)s)")
     parser.add_argument("--max-time", type=seconds, metavar="S", help="give up when it is not done after so long")
     parser.add_argument("--peer-timeout", type=some_seconds, default=10.0, metavar="S",
                         help="a replica that is silent for so long is gone (default: %(default)g s)")
@@ -111,7 +115,7 @@ def run(options: argparse.Namespace) -> int:
     try:
         source = Source(options.run_dir or default_run_dir(), options.disk, options.log)
         sync = Sync(source, peer, limits, reporter, verify=options.verify, keep_running=options.keep_running,
-                    overwrite=options.overwrite)
+                    overwrite=options.overwrite, compress=options.compress)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: setattr(sync, "interrupted", True))
         reporter.done(sync.run())

@@ -15,6 +15,7 @@ from writelog.backlog import Backlog
 from writelog.heat import SAMPLE_S
 from writelog.plan import Limits, Outlook
 from writelog.planner import Planner, Seen
+from writelog.sync_pack import Packer
 from writelog.sync_pipeline import Pipeline, Portion
 from writelog.sync_report import Progress
 from writelog.sync_source import Source
@@ -32,12 +33,13 @@ LOOK_S: Final = 0.1
 class Copier:
     """Of one sync. `first_pass_done` once all that was dirty at the beginning was sent."""
 
-    def __init__(self, source: Source, limits: Limits) -> None:
+    def __init__(self, source: Source, limits: Limits, compress: str) -> None:
         self.ack = Ack(0, 0, 0, 0)
         """The replica's last one."""
         self.backlog = Backlog(source.size_bytes)
         self.planner = Planner(limits, self.backlog, time.monotonic())
         self.pipeline = Pipeline(source.log, self._durable, self.planner.window.answered)
+        self.pipeline.packer = Packer(compress)
         self.pipeline.set_rate(limits.rate)
         self._source = source
         self._committed_bytes = 0
@@ -115,6 +117,7 @@ class Copier:
         dirty_bytes, leased_bytes = self._source.dirty_bytes()
         pipeline = self.pipeline
         now_s = self._looked_s = time.monotonic()
+        pipeline.packer.look(now_s, pipeline.wire_bytes)
         return self.planner.look(Seen(
             now_s=now_s, dirty_bytes=dirty_bytes, leased_bytes=leased_bytes, todo_bytes=pipeline.todo_bytes,
             unacked_bytes=pipeline.unacked_bytes, applied_bytes=pipeline.applied_bytes,

@@ -16,7 +16,7 @@ import zmq
 
 from tapcore.errors import ReplicationError, UsageError
 from writelog.sync_transport import ENDPOINT_HINT, MONITORED, Keys, monitor_events, prepare, use_curve
-from writelog.wire import Data, Hello, Message, decode, encode
+from writelog.wire import Data, Hello, Message, Packed, decode, encode
 
 MAX_UNACKED_MESSAGES: Final = 16384
 """Messages sent and not yet applied by the replica; the send queue holds as many."""
@@ -89,7 +89,7 @@ class Link:
         except zmq.Again:
             raise LinkLost("the replica takes nothing any more") from None
 
-    def send_data(self, message: Data, payload: memoryview) -> zmq.MessageTracker:
+    def send_data(self, message: Data | Packed, payload: memoryview | bytes) -> zmq.MessageTracker:
         """Send an extent; `payload` must stay as it is until the tracker is done."""
         try:
             self.socket.send(encode(message), zmq.NOBLOCK | zmq.SNDMORE)

@@ -24,7 +24,8 @@ from tapcore.errors import ProtocolError, ReplicationError
 from writelog.backlog import Runs
 from writelog.client import LogClient, Response
 from writelog.sync_link import MAX_UNACKED_MESSAGES, Link
-from writelog.wire import MAX_ZERO_BYTES, Ack, Data, RunningDigest, Zero, checksum
+from writelog.sync_pack import Packer
+from writelog.wire import MAX_ZERO_BYTES, Ack, Data, Packed, RunningDigest, Zero, checksum
 
 PIECE_BYTES: Final = 512 << 10
 """One read, and the payload of one DATA."""
@@ -99,8 +100,11 @@ class Pipeline:
         self.unsent_blocks = 0
         """How many are still to be sent for the first time, which tells the extra bytes from the others."""
         self._unsent = bitarray(endian="little")
+        self.packer = Packer()
         self.sent_bytes = 0
         """Payload, over all connections."""
+        self.wire_bytes = 0
+        """The same, as it was sent: compressed, perhaps."""
         self.zero_bytes = 0
         self.first_pass_bytes = 0
         self.applied_bytes = 0
@@ -115,6 +119,7 @@ class Pipeline:
     def go_on_counting(self, former: Pipeline) -> None:
         """Take over the totals of a pipeline that is given up."""
         self.sent_bytes, self.zero_bytes = former.sent_bytes, former.zero_bytes
+        self.packer, self.wire_bytes = former.packer, former.wire_bytes
         self.first_pass_bytes, self.applied_bytes = former.first_pass_bytes, former.applied_bytes
 
     def begin_pass(self, unsent: bitarray) -> None:
@@ -255,14 +260,13 @@ class Pipeline:
         tracker = None
         payload_bytes = 0
         if piece.checksum is None:
-            message: Data | Zero = Zero(self.seq, piece.offset, piece.length)
+            message: Data | Packed | Zero = Zero(self.seq, piece.offset, piece.length)
             self._link.send(message)
             if self._bucket is not None and piece.place >= 0:
                 self._bucket.take(-piece.length)
             self.zero_bytes += piece.length
         else:
-            message = Data(self.seq, piece.offset, piece.length, piece.checksum)
-            tracker = self._link.send_data(message, self._reader.data[piece.place : piece.place + piece.length])
+            message, tracker = self._send_payload(piece, piece.checksum)
             payload_bytes = piece.length
             self.sent_bytes += payload_bytes
         self._count_first(piece, payload_bytes)
@@ -272,6 +276,22 @@ class Pipeline:
         cost_bytes = max(payload_bytes, MESSAGE_COST_BYTES)
         self._unacked.append((self.seq, cost_bytes, payload_bytes, time.monotonic()))
         self._unacked_bytes += cost_bytes
+
+    def _send_payload(self, piece: Piece, check: bytes) -> tuple[Data | Packed, zmq.MessageTracker | None]:
+        """Send it, compressed if that pays; then its place is free at once, as no tracker says."""
+        assert self._link is not None
+        data = self._reader.data[piece.place : piece.place + piece.length]
+        packed = self.packer.pack(data)
+        if packed is None:
+            self.wire_bytes += piece.length
+            plain = Data(self.seq, piece.offset, piece.length, check)
+            return plain, self._link.send_data(plain, data)
+        self.wire_bytes += len(packed)
+        if self._bucket is not None:
+            self._bucket.take(len(packed) - piece.length)
+        message = Packed(self.seq, piece.offset, piece.length, check)
+        self._link.send_data(message, packed)
+        return message, None
 
     def _count_first(self, piece: Piece, payload_bytes: int) -> None:
         first, stop = piece.offset // self._block_bytes, -(-(piece.offset + piece.length) // self._block_bytes)

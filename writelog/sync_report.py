@@ -68,6 +68,8 @@ class Report:
     elapsed_s: float = 0.0
     sent_bytes: int = 0
     zero_bytes: int = 0
+    wire_bytes: int = 0
+    """What was sent, as compression has left it."""
     extra_bytes: int = 0
     """Sent after the first pass over the disk, because the guest wrote."""
     connections: int = 0
@@ -82,11 +84,12 @@ class Report:
         parts = ", ".join(f"{name} {seconds * 1000:.1f} ms" for name, seconds in self.pause_parts_s.items())
         rate = self.sent_bytes / self.elapsed_s if self.elapsed_s else 0
         outcome = "handed over" if self.handed_over else "the replica has a consistent copy; the disk stays here"
+        packed = f", compressed to {size_text(self.wire_bytes)}" if self.wire_bytes < self.sent_bytes else ""
         export = f", its export is at {self.export}" if self.export else ""
         return [
             f"{self.disk} -> {self.replica}: {outcome}{export}",
             f"  disk   {size_text(self.size_bytes)}, of which {size_text(self.zero_bytes)} holes and zeroes",
-            f"  sent   {size_text(self.sent_bytes)} in {self.elapsed_s:.1f} s, {size_text(rate)}/s",
+            f"  sent   {size_text(self.sent_bytes)} in {self.elapsed_s:.1f} s, {size_text(rate)}/s{packed}",
             f"  extra  {size_text(self.extra_bytes)} sent again (+{extra_percent:.1f} %)",
             f"  pause  {self.pause_s * 1000:.1f} ms: {parts}",
             f"  digest {self.digest}" + (", whole disks compared: equal" if self.verified else ""),

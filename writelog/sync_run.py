@@ -26,6 +26,7 @@ from tapcore.errors import ControlError, LogError, ReplicationError, WritelogErr
 from writelog.plan import Action, Limits
 from writelog.sync_copy import MAX_OPEN_PORTIONS, Copier
 from writelog.sync_link import Link, LinkLost, Peer
+from writelog.sync_pack import AUTO
 from writelog.sync_report import CONNECTING, CONVERGING, STALLED, SWITCHING, SYNCING, Report, Reporter
 from writelog.sync_source import Source
 from writelog.wire import (
@@ -92,7 +93,8 @@ class Sync:
     """One run for one disk. `interrupted` may be set by a signal handler."""
 
     def __init__(self, source: Source, peer: Peer, limits: Limits, reporter: Reporter, *,
-                 verify: bool = False, keep_running: bool = False, overwrite: bool = False) -> None:
+                 verify: bool = False, keep_running: bool = False, overwrite: bool = False,
+                 compress: str = AUTO) -> None:
         self.interrupted = False
         self._source = source
         self._peer = peer
@@ -111,7 +113,8 @@ class Sync:
         self._poller = zmq.Poller()
         self._link: Link | None = None
         self._is_welcome = False
-        self._copier = Copier(source, limits)
+        self._compress = compress
+        self._copier = Copier(source, limits, compress)
         self._planner = self._copier.planner
         self._pipeline = self._copier.pipeline
         self._start_s = time.monotonic()
@@ -241,7 +244,7 @@ class Sync:
             except (LogError, ControlError) as again:
                 error = again
         former, self._source = self._pipeline, source
-        self._copier = Copier(source, self._limits)
+        self._copier = Copier(source, self._limits, self._compress)
         self._planner, self._pipeline = self._copier.planner, self._copier.pipeline
         self._pipeline.go_on_counting(former)
         if source.base() != self._base:
@@ -360,6 +363,7 @@ class Sync:
         report.digest = self._confirmed.hex()
         report.elapsed_s = time.monotonic() - self._start_s
         report.sent_bytes, report.zero_bytes = pipeline.sent_bytes, pipeline.zero_bytes
+        report.wire_bytes = pipeline.wire_bytes
         report.extra_bytes = pipeline.sent_bytes - pipeline.first_pass_bytes
         return report
 

@@ -5,7 +5,7 @@
             base                             something else: else REFUSED
                                     ◀──────  WELCOME: resumed (it holds that base), credit
       BASE, if not resumed          ──────▶  recorded before anything that follows is applied
-      DATA, ZERO, DATA …  (seq 1, 2 …) ───▶  checked, applied in order where they overlap
+      DATA, ZERO, PACKED … (seq 1, 2 …) ──▶  checked, applied in order where they overlap
                                     ◀──────  ACK applied, durable: all up to these seqs; at least once a second
       BARRIER seq                   ──────▶  applies all before it, flushes
                                     ◀──────  DIGEST of all that this connection brought, in order
@@ -15,10 +15,10 @@
                                     ◀──────  PROMOTED or RELEASED
 
 A message is one header frame, a msgpack array [kind, field …] with the fields of the class of that kind in their
-order, and for DATA a second frame, the payload. Whatever the version, HELLO begins [1, version] and REFUSED keeps
-its form, so that two versions can always tell each other that they do not match. Instead of any answer the
-replica can send ERROR; then the session is over. A connection that drops is followed by a new one that begins
-with HELLO and seq 1. Offsets and lengths are bytes.
+order, and for DATA and PACKED a second frame, the payload. Whatever the version, HELLO begins [1, version] and
+REFUSED keeps its form, so that two versions can always tell each other that they do not match. Instead of any
+answer the replica can send ERROR; then the session is over. A connection that drops is followed by a new one that
+begins with HELLO and seq 1. Offsets and lengths are bytes.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from typing import Any, Final, TypeAlias
 
 import msgpack
 import xxhash
+import zstandard
 
 from tapcore.errors import ProtocolError
 from tapcore.layout import Buffer, Layout
@@ -70,6 +71,7 @@ class Kind(IntEnum):
     RELEASED = 14
     ERROR = 15
     BASE = 16
+    PACKED = 17
 
 
 class Refusal(IntEnum):
@@ -123,6 +125,16 @@ class Refused:
 @dataclass(frozen=True, slots=True)
 class Data:
     """The payload, of `length` bytes, follows in a frame of its own; `checksum` is its xxh3_128."""
+
+    seq: int
+    offset: int
+    length: int
+    checksum: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """As DATA, but the payload is a zstd frame of `length` bytes; `checksum` is of what comes out."""
 
     seq: int
     offset: int
@@ -207,13 +219,14 @@ class Failure:
 
 
 Message: TypeAlias = (Hello | Welcome | Refused | Data | Zero | Ack | Barrier | Digest | Verify | Content | Promote
-                      | Promoted | Release | Released | Failure | Base)
+                      | Promoted | Release | Released | Failure | Base
+                      | Packed)
 
 CLASSES: Final[dict[int, type[Any]]] = {
     Kind.HELLO: Hello, Kind.WELCOME: Welcome, Kind.REFUSED: Refused, Kind.DATA: Data, Kind.ZERO: Zero,
     Kind.ACK: Ack, Kind.BARRIER: Barrier, Kind.DIGEST: Digest, Kind.VERIFY: Verify, Kind.CONTENT: Content,
     Kind.PROMOTE: Promote, Kind.PROMOTED: Promoted, Kind.RELEASE: Release, Kind.RELEASED: Released,
-    Kind.ERROR: Failure, Kind.BASE: Base,
+    Kind.ERROR: Failure, Kind.BASE: Base, Kind.PACKED: Packed,
 }
 _KINDS: Final = {cls: int(kind) for kind, cls in CLASSES.items()}
 _NAMES: Final = {kind: tuple(field.name for field in fields(cls)) for kind, cls in CLASSES.items()}
@@ -237,6 +250,11 @@ def decode(frames: Sequence[Buffer]) -> tuple[Message, Buffer | None]:
     if not frames or len(frames[0]) > MAX_HEADER_BYTES:
         raise ProtocolError(f"a message of {len(frames)} frames has no header of at most {MAX_HEADER_BYTES} bytes")
     message = _decode_header(frames[0])
+    if isinstance(message, Packed):
+        if len(frames) != 2 or not 0 < len(frames[1]) <= MAX_DATA_BYTES:
+            raise ProtocolError(f"PACKED came with {len(frames) - 1} payload frames, or one that is too long",
+                                offset=message.offset)
+        return message, frames[1]
     if not isinstance(message, Data):
         if len(frames) != 1:
             raise ProtocolError(f"{type(message).__name__} came with {len(frames) - 1} frames too many")
@@ -265,8 +283,8 @@ def _decode_header(header: Buffer) -> Message:
         if not _is_valid(name, value):
             raise ProtocolError(f"{Kind(kind).name} has a {name} that it cannot have")
     message: Message = CLASSES[kind](*values)
-    if isinstance(message, Data | Zero):
-        limit = MAX_DATA_BYTES if kind == Kind.DATA else MAX_ZERO_BYTES
+    if isinstance(message, Data | Packed | Zero):
+        limit = MAX_ZERO_BYTES if kind == Kind.ZERO else MAX_DATA_BYTES
         if not 0 < message.length <= limit:
             raise ProtocolError(f"{Kind(kind).name} of {message.length} bytes: 1 to {limit} are allowed",
                                 offset=message.offset)
@@ -285,6 +303,17 @@ def _is_valid(name: str, value: object) -> bool:
     return type(value) is int and 0 <= value <= MAX_INT
 
 
+def unpack(message: Packed, payload: Buffer) -> bytes:
+    """The data of a PACKED, of the length that it says. ProtocolError if the payload does not hold that."""
+    frame = memoryview(payload)
+    try:
+        if zstandard.frame_content_size(frame) == message.length:
+            return zstandard.ZstdDecompressor().decompress(frame, max_output_size=message.length)
+    except zstandard.ZstdError as error:
+        raise ProtocolError(f"PACKED cannot be decompressed: {error}", offset=message.offset) from None
+    raise ProtocolError(f"PACKED does not hold the {message.length} bytes that it says", offset=message.offset)
+
+
 def checksum(payload: Buffer) -> bytes:
     """xxh3_128, as DATA carries it."""
     return xxhash.xxh3_128_digest(payload)
@@ -295,14 +324,14 @@ _pack_record = _RECORD.struct.pack
 
 
 class RunningDigest:
-    """xxh3_128 over the records of all DATA and ZERO of one connection, in their order. Both ends keep one: equal
-    digests say that the replica applied what the sync sent, all of it, nothing else and in that order."""
+    """xxh3_128 over the records of all extents of one connection, in their order (PACKED as DATA). Both ends keep
+    one: equal digests say that the replica applied all that the sync sent, nothing else and in that order."""
 
     def __init__(self) -> None:
         self._hash = xxhash.xxh3_128()
 
-    def add(self, message: Data | Zero) -> None:
-        if isinstance(message, Data):
+    def add(self, message: Data | Packed | Zero) -> None:
+        if not isinstance(message, Zero):
             kind, check = Kind.DATA, message.checksum
         else:
             kind, check = Kind.ZERO, NO_CHECKSUM

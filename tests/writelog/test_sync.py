@@ -131,6 +131,15 @@ def test_keeps_the_disk_and_compares_when_asked_to(
     assert copy.read_bytes() == image.read_bytes()
 
 
+def test_compressed_extents_arrive(rig: Rig, image: Path, copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    image.write_bytes((b"text that repeats" * SIZE_BYTES)[:SIZE_BYTES // 2] + bytes(SIZE_BYTES // 2))
+    assert rig.sync("--compress", "on", "--verify", "--json", "vm1", rig.replica(f"aio:{copy}")) == 0
+    report = events(capsys.readouterr().out)[-1]
+    assert copy.read_bytes() == image.read_bytes()
+    assert (report["sent_bytes"], report["extra_bytes"]) == (SIZE_BYTES // 2, 0)
+    assert report["wire_bytes"] < SIZE_BYTES // 20
+
+
 def test_stale_data_at_the_replica_becomes_holes(rig: Rig, image: Path, copy: Path) -> None:
     copy.write_bytes((b"stale" * SIZE_BYTES)[:SIZE_BYTES])
     assert rig.sync("vm1", rig.replica(f"aio:{copy}")) == 0
@@ -313,7 +322,7 @@ def test_a_guest_that_would_never_let_it_end_is_slowed_down_and_freed_again(
     random = Random(5)
     guest = Thread(target=write, daemon=True)
     guest.start()
-    options = ["--rate", "2M", "--throttle-floor", "256K", "--downtime", "0.05"]
+    options = ["--rate", "2M", "--throttle-floor", "256K", "--downtime", "0.05", "--compress", "off"]
     assert rig.sync(*options, "vm1", script.endpoint) == 130
     guest.join(10)
     assert limits[0] >= 256 << 10

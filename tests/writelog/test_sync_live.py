@@ -276,4 +276,4 @@ def test_a_rate_holds(pair: Pair) -> None:
     code, out, err = pair.sync("--rate", "24M", "--keep-running").end()
     assert code == 0, err
     report = json.loads(out.splitlines()[-1])
-    assert report["sent_bytes"] / report["elapsed_s"] <= 1.1 * 24 * (1 << 20)
+    assert report["wire_bytes"] / report["elapsed_s"] <= 1.1 * 24 * (1 << 20)
