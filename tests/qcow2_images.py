@@ -26,8 +26,8 @@ def qemu(*command: object) -> str:
 def qemu_verdict(path: Path) -> int:
     """Of qemu-img check. 0: nothing wrong; 3: leaks; 2: errors; 1: it cannot be checked."""
     need("qemu-img")
-    return subprocess.run(["qemu-img", "check", "-f", "qcow2", str(path)], capture_output=True,
-                          timeout=60).returncode
+    command = ["qemu-img", "check", "-f", "qcow2", path.name]
+    return subprocess.run(command, cwd=path.parent, capture_output=True, timeout=60).returncode
 
 
 def scribble(env: Env, path: Path, rng: random.Random, count: int = 12) -> bytes:

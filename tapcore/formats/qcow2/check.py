@@ -1,6 +1,7 @@
 """qcow2: is every cluster's refcount the number of references to it? And put right what can be without loss.
 
-    errors in tables    reported; what they may have referred to stays in use, so that nothing of it is overwritten
+    errors in tables    reported; with one of them nothing is repaired: what it led to would be free, and where it
+                        leads to may come true when the file grows
     refcounts, COPIED   made anew from the references, and switched to by one write of the header (rewrite.py)
     corrupt, dirty      cleared once nothing is wrong
 
@@ -9,6 +10,7 @@ Specification: https://www.qemu.org/docs/master/interop/qcow2.html
 
 from __future__ import annotations
 
+import errno
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,10 +38,16 @@ def check(path: str, *, repair: bool = False) -> Report:
         has_bad_entries = walk.report.errors > 0
         found = _compare(walk)
         unclosed = walk.header.incompatible_features & (DIRTY | CORRUPT)
-        if not repair or not (found.errors or found.leaks or unclosed):
+        if not repair or has_bad_entries or not (found.errors or found.leaks or unclosed):
             return found
         wrong = found.errors + found.leaks
-        _repair(walk, found, has_bad_entries)
+        try:
+            _repair(walk, found)
+        except ImageError as error:
+            if error.errno != errno.EOVERFLOW:
+                raise
+            found.messages.insert(0, f"not repaired: {error.message}")
+            return found
         walk = Walk(file, load_header(file))
         walk.run()
         left = _compare(walk)
@@ -50,21 +58,15 @@ def check(path: str, *, repair: bool = False) -> Report:
         file.close()
 
 
-def _repair(walk: Walk, found: Report, has_bad_entries: bool) -> None:
-    file, header = walk.file, walk.header
-    rewrite = Rewrite(walk)
-    if not has_bad_entries:
-        rewrite.fields["incompatible_features"] = header.incompatible_features & ~(DIRTY | CORRUPT)
-        if not found.errors and not found.leaks:
-            file.store(INCOMPATIBLE_AT, FEATURES.pack(bits=rewrite.fields["incompatible_features"]), "the header")
-            file.sync_or_raise()
-            return
-    else:
-        for first, stored in _stored(walk):
-            for at, refs in enumerate(stored):
-                if refs and first + at < walk.clusters:
-                    walk.counts.raise_to(first + at, refs)
+def _repair(walk: Walk, found: Report) -> None:
+    file, bits = walk.file, walk.header.incompatible_features & ~(DIRTY | CORRUPT)
+    if not found.errors and not found.leaks:
+        file.store(INCOMPATIBLE_AT, FEATURES.pack(bits=bits), "the header")
+        file.sync_or_raise()
+        return
     walk.count_tables(-1)
+    rewrite = Rewrite(walk)
+    rewrite.fields["incompatible_features"] = bits
     rewrite.run()
 
 
@@ -96,6 +98,9 @@ def _compare(walk: Walk) -> Report:
     entries = [entry for entry in walk.refcount_table() if entry]
     if len(set(entries)) != len(entries):
         report.add("the refcount table has two entries for one refcount block")
+    for number, snapshot in enumerate(walk.snapshots):
+        if not snapshot.is_complete(walk.header):
+            report.add(f"snapshot {number}: extra_data_size {len(snapshot.extra)} is less than version 3 wants")
     nothing = array("Q", bytes(8 * CHUNK))
     part = min(CHUNK, walk.header.refcount_block_entries)
     seen: set[int] = set()

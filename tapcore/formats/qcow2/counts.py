@@ -53,12 +53,6 @@ class Counts:
         chunk, at = self.chunk(cluster >> CHUNK_BITS), cluster & CHUNK - 1
         chunk[at] = chunk[at] + refs | flags
 
-    def raise_to(self, cluster: int, refs: int) -> None:
-        """At least so many references."""
-        have = self.get(cluster)
-        if have < refs:
-            self.add(cluster, refs - have)
-
     def take(self, count: int, refs: int = 1) -> int:
         """The first of `count` clusters in a row that nothing refers to; now they have `refs` references."""
         first = self._find(self._hint if count == 1 else 1, count)

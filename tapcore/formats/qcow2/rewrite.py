@@ -36,8 +36,8 @@ from tapcore.formats.qcow2.walk import Walk
 
 
 class Rewrite:
-    """Takes a walk whose `counts` are those of the new image without the tables that `count_tables` counts. Set
-    what shall differ, then `run`."""
+    """Takes a walk that found no error in the tables, and whose `counts` are those of the new image without what
+    `count_tables` counts. Set what shall differ, then `run`."""
 
     def __init__(self, walk: Walk) -> None:
         self._walk = walk
@@ -48,7 +48,7 @@ class Rewrite:
         self.l1 = walk.l1[:]
         self.tables: dict[int, array[int]] = {}
         """By L1 index, L2 tables that are not in the file, of which nothing but the content is counted."""
-        self.snapshots: list[Entry] = list(walk.snapshots)
+        self.snapshots: list[Entry] = [entry.completed(walk.header) for entry in walk.snapshots]
         self.taken: Entry | None = None
         """A new snapshot, of the new active tables."""
         self.fields: dict[str, int] = {}
@@ -98,8 +98,6 @@ class Rewrite:
         host = entry & OFFSET_MASK
         table = self.tables.get(index)
         if table is None:
-            if host % self._cluster_bytes or host >> self._cluster_bits >= self._walk.clusters:
-                return entry
             table = self._walk.load_table(host, self._cluster_bytes // 8, "an L2 table")
             if not self._set_flags(table):
                 return entry
@@ -116,11 +114,10 @@ class Rewrite:
             return False
         changed = False
         get, cluster_bits = self._counts.get, self._cluster_bits
-        within, end = self._cluster_bytes - 1, self._walk.clusters
         for at in range(0, len(table), 2 if self._walk.header.has_subclusters else 1):
             entry = table[at]
             host = entry & OFFSET_MASK
-            if not host or entry & COMPRESSED or host & within or host >> cluster_bits >= end:
+            if not host or entry & COMPRESSED:
                 continue
             alone = get(host >> cluster_bits) == 1
             if bool(entry & COPIED) != alone:
@@ -207,7 +204,7 @@ def begin(walk: Walk) -> Rewrite:
     """Of a walk that was run, if it found no error. ImageError with the first one if it did."""
     if walk.report.errors:
         raise ImageError("its tables have errors: " + walk.report.messages[0], path=walk.file.path,
-                         hint="look at it with td-img check")
+                         hint="look at it with td-img check; qemu-img check -r all drops such entries")
     walk.count_tables(0)
     rewrite = Rewrite(walk)
     rewrite.fields["incompatible_features"] = walk.header.incompatible_features & ~DIRTY

@@ -41,6 +41,16 @@ class Entry:
     def vm_state_bytes(self) -> int:
         return EXTRA.unpack(self.extra)["vm_state_size"] if len(self.extra) >= EXTRA.size else self.vm_state_size
 
+    def is_complete(self, header: Header) -> bool:
+        """Version 3 wants the known extra data."""
+        return header.version < 3 or len(self.extra) >= EXTRA.size
+
+    def completed(self, header: Header) -> Entry:
+        if self.is_complete(header):
+            return self
+        known = EXTRA.pack(vm_state_size=self.vm_state_size, disk_size=header.size)
+        return replace(self, extra=self.extra + known[len(self.extra) :])
+
     def with_l1(self, offset: int) -> Entry:
         return replace(self, l1_table_offset=offset)
 

@@ -142,6 +142,7 @@ class Walk:
             if entry & ~(COPIED | OFFSET_MASK):
                 self.report.add(f"L1 entry {index} ({name}): reserved bits of {entry:#x} are set")
             if not host:
+                self.report.add(f"L1 entry {index} ({name}): {entry:#x} leads nowhere")
                 continue
             tree = self._trees.get(host)
             if tree is None:

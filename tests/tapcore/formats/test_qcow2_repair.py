@@ -11,20 +11,20 @@ from tempfile import TemporaryDirectory
 
 import pytest
 from contract.runner import Runner
+from formats_fuzz import Change, Template, damaged
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from qcow2_images import assert_clean, content, qemu_verdict, scribble, snapshot_contents
+from qcow2_templates import KINDS, template
 from recording import Journal, RecordingFile
 
 from tapcore.driver import Env, OpenFlag
-from tapcore.errors import ImageError
+from tapcore.errors import ChainError, ImageError
 from tapcore.formats.qcow2.check import check
 from tapcore.formats.qcow2.create import create
 from tapcore.formats.qcow2.layout import COPIED, FEATURES, HEADER_V2, INCOMPATIBLE_AT
 from tapcore.formats.qcow2.snapshots import create_snapshot
-from tapcore.loop import Loop
 from tapcore.request import READ, Request
-from tapcore.workers import Workers
 
 SIZE = 64 * 1024
 
@@ -62,17 +62,6 @@ def make(env: Env, folder: Path, seed: int) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def template() -> bytes:
-    with TemporaryDirectory() as name:
-        loop = Loop()
-        env = Env(loop, Workers(loop, 2))
-        image = make(env, Path(name), 1).read_bytes()
-        env.workers.close()
-        loop.close()
-        return image
-
-
 def readable(env: Env, path: Path) -> list[bytes | None]:
     """Each cluster of the disk, None where it cannot be read."""
     runner = Runner(env, f"qcow2:{path}", OpenFlag.RDONLY)
@@ -82,35 +71,47 @@ def readable(env: Env, path: Path) -> list[bytes | None]:
     return [None if code else bytes(request.iov[0]) for request, code in zip(requests, errors, strict=True)]
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data())
-def test_damage_at_random_places_is_seen_as_qemu_sees_it_and_repaired_without_loss(
-    env: Env, template: bytes, data: st.DataObject
+@st.composite
+def table_damage(draw: st.DrawFn, template: Template) -> list[Change]:
+    """One to three entries of tables that are not what they were: one bit, the place of another table, or any."""
+    found: list[Change] = []
+    for _ in range(draw(st.integers(1, 3))):
+        at = draw(st.sampled_from(template.words))
+        bits = st.integers(0, 63).map(lambda bit, at=at: u64_at(template.data, at) ^ 1 << bit)  # type: ignore[misc]
+        places = st.sampled_from(template.offsets)
+        found.append(("set", at, draw(st.one_of(
+            bits, places, places.map(lambda place: place | COPIED), st.just(0), st.integers(0, (1 << 64) - 1)))))
+    return found
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data(), kind=st.sampled_from(sorted(KINDS.keys() - {"with_data_file"})))
+def test_damage_is_seen_as_qemu_sees_it_and_repaired_without_loss(
+    env: Env, data: st.DataObject, kind: str
 ) -> None:
-    image = bytearray(template)
-    l1 = field(image, "l1_table_offset")
-    tables = [l1, u64_at(image, l1) & ~COPIED, u64_at(image, l1 + 8) & ~COPIED, refcount_block(image),
-              field(image, "refcount_table_offset")]
-    for _ in range(data.draw(st.integers(1, 3))):
-        at = data.draw(st.sampled_from(tables)) + data.draw(st.integers(0, 511))
-        image[at] ^= 1 << data.draw(st.integers(0, 7))
+    """But in a data file: there an entry has one right value, which QEMU does not ask for."""
     with TemporaryDirectory(dir="/dev/shm") as name:
         path = Path(name) / "a.qcow2"
-        path.write_bytes(image)
-        report = check(str(path))
+        damaged(template(kind), data.draw(table_damage(template(kind))), path)
+        image = path.read_bytes()
+        try:
+            report, before = check(str(path)), readable(env, path)
+        except (ChainError, ImageError):
+            return
         assert path.read_bytes() == image
         ours = 2 if report.errors else 3 if report.leaks else 0
         theirs = qemu_verdict(path)
-        assert ours == theirs or theirs == 1, (report.messages, theirs)
-        before = readable(env, path)
+        # Where there is no zero flag, QEMU lets its bit pass here, and fails only when it reads there.
+        is_stricter = kind in ("subclusters", "version_2") and ours == 2
+        assert ours == theirs or theirs == 1 or is_stricter, (report.messages, theirs)
         left = check(str(path), repair=True)
-        assert left.repaired == report.errors + report.leaks - left.errors - left.leaks >= 0
+        assert left.repaired == max(0, report.errors + report.leaks - left.errors - left.leaks)
         assert readable(env, path) == before
         if not left.errors:
             assert not left.leaks
             assert qemu_verdict(path) == 0
             again = Runner(env, f"qcow2:{path}")
-            assert again.write(0, b"w" * SIZE) == 0
+            assert again.write(0, b"w" * again.size) == 0
             again.close()
             assert check(str(path)).errors == 0
             assert qemu_verdict(path) in (0, 3), "a refcount behind the end of the file was not looked at"
@@ -159,23 +160,20 @@ def test_marks_are_cleared_once_nothing_is_wrong(env: Env, tmp_path: Path) -> No
     assert_clean(path)
 
 
-def test_a_table_with_a_bad_entry_is_reported_and_what_it_led_to_kept(env: Env, tmp_path: Path) -> None:
-    """The L2 table of a damaged L1 entry, and its data, are not freed; right references are protected."""
+def test_a_table_with_a_bad_entry_is_reported_and_nothing_changed(env: Env, tmp_path: Path) -> None:
+    """What a damaged L1 entry led to is not freed, and the file does not grow to where it leads."""
     path = make(env, tmp_path, 5)
     image = path.read_bytes()
     l1 = field(image, "l1_table_offset")
-    lost = u64_at(image, l1)
     patch(path, l1, (1 << 54 | COPIED).to_bytes(8, "big"))
     patch(path, refcount_block(image), b"\0\0")
     patch(path, INCOMPATIBLE_AT, FEATURES.pack(bits=2))
-    found = check(str(path))
-    left = check(str(path), repair=True)
-    assert 0 < left.errors < found.errors and left.repaired > 0
-    assert any("L1 entry 0" in message or "L2 table" in message for message in left.messages)
-    assert FEATURES.unpack(path.read_bytes(), INCOMPATIBLE_AT)["bits"] == 2
-    after = path.read_bytes()
-    assert after[lost & ~COPIED : (lost & ~COPIED) + 512] == image[lost & ~COPIED : (lost & ~COPIED) + 512]
-    patch(path, field(after, "l1_table_offset"), lost.to_bytes(8, "big"))
+    damaged = path.read_bytes()
+    found, left = check(str(path)), check(str(path), repair=True)
+    assert left == found and found.errors > 0 and left.repaired == 0
+    assert any("of L1 entry 0" in message for message in left.messages)
+    assert path.read_bytes() == damaged
+    patch(path, l1, image[l1 : l1 + 8])
     assert check(str(path), repair=True).errors == 0
     assert FEATURES.unpack(path.read_bytes(), INCOMPATIBLE_AT)["bits"] == 0
     assert_clean(path)
