@@ -229,6 +229,7 @@ class Engine:
             "waiting": vbd.waiting,
             "pinned": disk.pinned,
             "holder": disk.holder.peer if disk.holder else None,
+            "job": disk.job.kind if disk.job is not None and disk.is_busy else None,
             "write_limit": vbd.throttle.rate if vbd.throttle is not None else None,
             "nbd": list(disk.server.addresses),
             "logs": [{"name": log.log_name, "socket": str(log.socket_path)} for log in disk.logs],

@@ -156,6 +156,8 @@ class Pausing:
         """Let a disk go on that nobody wants paused any more."""
         if disk.pinned or disk.holder is not None or disk.closing or disk.vbd.state == RUNNING:
             return
+        if disk.is_busy and disk.vbd.state == REPLACING:
+            return  # the job comes here when it is through with the chain
         try:
             disk.vbd.resume()
         except ControlError as error:

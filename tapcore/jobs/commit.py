@@ -187,7 +187,7 @@ class Commit(CopyJob):
         assert parent_id is not None
         opened: list[Driver] = []
         flags = OpenFlag.RDONLY | OpenFlag.SHAREABLE
-        switch = Switch(self)
+        switch = Switch(self, flushes=False)
         yield switch.begin
         self._unclaim()
         try:

@@ -60,6 +60,11 @@ class CopyJob(Job):
         self._failure: WritelogError | None = None
         self._pass_done: Done | None = None
 
+    def _ended(self, error: WritelogError | None) -> None:
+        super()._ended(error)
+        for drivers in ("gate", "source", "target", "base", "between"):  # closed now, or others' to keep
+            self.__dict__.pop(drivers, None)
+
     def as_dict(self) -> dict[str, Any]:
         return super().as_dict() | {"total_bytes": self.size_bytes, "done_bytes": self._at,
                                     "copied_bytes": self.copied_bytes}

@@ -36,15 +36,15 @@ class Stream(CopyJob):
         """`base` is the path of the parent that is to stay."""
         super().__init__(env, disk, settle, rate)
         self._base_path = base
-        self._base: Driver | None = None
-        self._between: list[Driver] = []
+        self.base: Driver | None = None
+        self.between: list[Driver] = []
         """The parents that are to go."""
 
     def steps(self) -> Steps[None]:
         top = self._check()
         assert top.path is not None
         tools = find_tools(SAME_FORMAT.get(top.name, top.name))
-        backing = None if self._base is None else backing_for(str(Path(top.path).absolute()), self._base)
+        backing = None if self.base is None else backing_for(str(Path(top.path).absolute()), self.base)
         path, image = top.path, Level(top.name, top.params)
         self.source = self.target = top
         switch = Switch(self)
@@ -59,7 +59,7 @@ class Stream(CopyJob):
             switch = Switch(self)
             yield switch.begin
         except WritelogError:
-            switch = Switch(self)
+            switch = Switch(self, flushes=False)
             yield switch.begin
             switch.end(top)
             raise
@@ -83,9 +83,9 @@ class Stream(CopyJob):
         top = self.chain.leaf
         if top.backing is None:
             raise ControlError(f"{top.name}:{top.params} has no parent to be copied from", errno=errno.EINVAL)
-        self._between = list(levels_from(top.backing))
+        self.between = list(levels_from(top.backing))
         if self._base_path is not None:
-            self._find_base(self._between, self._base_path)
+            self._find_base(self.between, self._base_path)
         return top
 
     def _find_base(self, parents: list[Driver], path: str) -> None:
@@ -96,12 +96,12 @@ class Stream(CopyJob):
             raise ControlError("is no parent of this disk", errno=errno.EINVAL, path=path,
                                hint=f"its parents are {known}")
         (base,) = found
-        self._base, self._between = base, parents[: parents.index(base)]
-        for between in self._between:
+        self.base, self.between = base, parents[: parents.index(base)]
+        for between in self.between:
             if between.info.size_bytes < base.info.size_bytes:
                 raise ControlError(f"{between.path} is shorter than {path}, which would show past its end",
                                    errno=errno.EINVAL, hint="stream without a base")
-        if not self._between:
+        if not self.between:
             raise ControlError("is the parent already", errno=errno.EINVAL, path=path)
 
     def plan(self, offset: int, length: int, plan: Plan) -> Steps[None]:
@@ -111,7 +111,7 @@ class Stream(CopyJob):
         for extent_length, state in own.extents:
             if not state & STATUS_HOLE:
                 plan.append((extent_length, SKIP))
-            elif self._base is None:
+            elif self.base is None:
                 if not (yield from self._plan_all_below(offset, extent_length, plan)):
                     return
             else:
@@ -130,7 +130,7 @@ class Stream(CopyJob):
         end = offset + length
         while offset < end:
             length, action = end - offset, SKIP
-            for level in self._between:
+            for level in self.between:
                 status = Request(STATUS, offset, length, flags=BACKGROUND)
                 yield asking_own_status(level, status)
                 length, state = status.extents[0]

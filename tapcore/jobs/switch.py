@@ -53,10 +53,14 @@ class Switch:
                 self._loop.call_later(TRY_AGAIN_S, self._pause)
 
     def _paused(self) -> None:
+        # Others who wait for the pause are told of it first.
+        self._loop.call_soon(self._lend)
+
+    def _lend(self) -> None:
         if self._vbd.state == PAUSED:
             self._vbd.lend_chain(self._flush)
         else:
-            self._loop.call_soon(self._pause)
+            self._pause()
 
     def _flush(self) -> None:
         self._flush_leaf(self._flushed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import subprocess
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from tapcore.driver import Env, OpenFlag
 from tapcore.drivers.qcow2 import Qcow2
 from tapcore.errors import ChainError, ControlError
 from tapcore.formats.tools import Backing, find_tools
+from tapcore.nbd.wire import NBD_CMD_WRITE
 from tapcore.request import BACKGROUND, fail
 
 SIZE = 4 << 20
@@ -67,7 +69,7 @@ def test_commit_beside_a_guest(env: Env, serve: Serve, tmp_path: Path, kinds: li
         qemu_agrees(top, "qcow2", disk)
 
 
-@pytest.mark.parametrize("kinds", [["aio", "qcow2"], ["qcow2", "qcow2", "qcow2"], ["vhd", "vhd"],
+@pytest.mark.parametrize("kinds", [["aio", "qcow"], ["qcow2", "qcow2", "qcow2"], ["vhd", "vhd"],
                                    ["vmdk", "vmdk", "vmdk"]], ids="-".join)
 def test_stream_beside_a_guest(env: Env, serve: Serve, tmp_path: Path, kinds: list[str]) -> None:
     paths, disk = make_chain(env, tmp_path, kinds, SIZE)
@@ -130,6 +132,24 @@ def test_cancel_leaves_the_chain_as_it_was(env: Env, tmp_path: Path) -> None:
     guest.stop()
     rig.close()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0.qcow2", "1.qcow2", "run"]
+
+
+def test_who_pauses_the_disk_at_the_same_time_is_told_so(env: Env, tmp_path: Path) -> None:
+    paths, _ = make_chain(env, tmp_path, ["qcow2"], SIZE)
+    rig = Rig(env, f"delay:write=100|qcow2:{paths[0]}")
+    with rig.client() as client, ControlClient(rig.control.path, 60) as second:
+        cookie = client.submit(NBD_CMD_WRITE, 0, 512, b"x" * 512)
+        rig.loop.until(lambda: rig.engine.disks["vm"].vbd.in_flight == 1)
+        taking = threading.Thread(target=second.call, args=("snapshot",),
+                                  kwargs={"disk": "vm", "path": str(tmp_path / "top.qcow2")})
+        taking.start()
+        assert rig.control.call("pause", disk="vm", hold=True) == {"state": "paused"}
+        taking.join(60)
+        assert rig.chain == f"delay:write=100|qcow2:{tmp_path}/top.qcow2"
+        assert rig.control.call("info", disk="vm")["state"] == "paused", "it is held"
+        rig.control.call("unpause", disk="vm")
+        assert client.wait() == (cookie, 0, None) and client.read(0, 512) == b"x" * 512
+    rig.close()
 
 
 def test_close_ends_a_job_first(env: Env, tmp_path: Path) -> None:

@@ -59,8 +59,8 @@ def look(env: Env, guest: LiveWriter, path: Path) -> None:
 
 
 @pytest.mark.parametrize("place", [
-    "tapcore.jobs.snapshot:Snapshot._make:after:1", f"{SWITCH}.begin:after:1", f"{SWITCH}._flushed:before:1",
-    "tapcore.jobs.snapshot:close_image:before:2", "tapcore.jobs.snapshot:close_image:after:2",
+    "tapcore.jobs.snapshot:Snapshot._make:after:1", f"{SWITCH}._flushed:before:1",
+    "tapcore.jobs.snapshot:close_image:after:2",
     "tapcore.jobs.snapshot:open_image:after:2", f"{SWITCH}.end:after:1"])
 def test_snapshot(env: Env, tmp_path: Path, run_dir: Path, place: str) -> None:
     (bottom,), disk = make_chain(env, tmp_path, ["qcow2"], SIZE)
@@ -71,9 +71,9 @@ def test_snapshot(env: Env, tmp_path: Path, run_dir: Path, place: str) -> None:
 
 @pytest.mark.parametrize("place", [
     f"{SWITCH}.end:after:1", "tapcore.jobs.copying:CopyJob._copied:after:1",
-    "tapcore.jobs.copying:CopyJob._copied:before:3", "tapcore.jobs.commit:Commit._make_empty:after:1",
+    "tapcore.jobs.commit:Commit._make_empty:after:1",
     f"{SWITCH}._flushed:after:2", "pathlib:Path.rename:before:2", "pathlib:Path.rename:after:2",
-    "tapcore.jobs.commit:sync_folder:after:1", f"{SWITCH}.end:before:2", f"{SWITCH}.end:after:2"])
+    "tapcore.jobs.commit:sync_folder:after:1", f"{SWITCH}.end:after:2"])
 def test_commit(env: Env, tmp_path: Path, run_dir: Path, place: str) -> None:
     paths, disk = make_chain(env, tmp_path, ["qcow2"] * 3, SIZE)
     guest = play(run_dir, disk, f"qcow2:{paths[-1]}", place, "commit")

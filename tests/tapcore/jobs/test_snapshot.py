@@ -115,6 +115,27 @@ def test_what_cannot_be_changes_nothing(
     rig.close()
 
 
+def test_when_the_image_does_not_open_again_the_disk_waits_for_another_chain(
+    env: Env, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (bottom,), disk = make_chain(env, tmp_path, ["qcow2"], SIZE)
+    rig = Rig(env, f"log:failing|qcow2:{bottom}")
+    guest = LiveWriter(rig.uri, disk)
+    guest.wait(20)
+    monkeypatch.setattr(snapshot, "open_image", failing(tmp_path))
+    with pytest.raises(ControlError, match="the former image does not open again: "):
+        rig.control.call("snapshot", disk="vm", path=str(tmp_path / "top.qcow2"))
+    monkeypatch.undo()
+    assert rig.control.call("info", disk="vm")["state"] == "paused"
+    with pytest.raises(ControlError, match="has no open chain"):
+        rig.control.call("commit", disk="vm")
+    rig.control.call("unpause", disk="vm", chain=f"log:failing|qcow2:{bottom}")
+    guest.wait(20)
+    guest.stop()
+    rig.close()
+    forget(env.run_dir, "failing")
+
+
 @pytest.mark.parametrize("step", ["flush", "close", "open"])
 def test_a_step_that_fails_leaves_the_disk_on_its_image(
     env: Env, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
