@@ -5,13 +5,16 @@ from __future__ import annotations
 import errno
 import random
 import threading
+from collections.abc import Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from contract.runner import Runner
 from formats_model import Model
 
-from tapcore.driver import Env, OpenFlag
+from tapcore.driver import Env, OpenFlag, find_driver
+from tapcore.formats.imagefile import ImageFile
 from tapcore.formats.qcow2.create import create
 from tapcore.formats.tables import Tables
 from tapcore.formats.tools import Backing, find_tools
@@ -79,6 +82,61 @@ def test_many_requests_at_once_with_room_for_six_tables(
         again = Runner(env, f"{driver}:{path}", OpenFlag.RDONLY)
         assert b"".join(again.read(at, 65536) for at in range(0, SIZE, 65536)) == content
         again.close()
+
+
+class FailingFile(ImageFile):
+    """Does not write, at random, at the given rate."""
+
+    rng: ClassVar[random.Random]
+    rate: ClassVar[float] = 0
+
+    def write_inline(self, iov: Sequence[memoryview], offset: int) -> int:
+        return 0 if self.rng.random() < self.rate else super().write_inline(iov, offset)
+
+    def write(self, iov: Sequence[memoryview], offset: int, length: int, *, fua: bool = False) -> int:
+        return errno.ENOSPC if self.rng.random() < self.rate else super().write(iov, offset, length, fua=fua)
+
+    def zeroes(self, offset: int, length: int, flags: int) -> int:
+        return errno.EIO if self.rng.random() < self.rate else super().zeroes(offset, length, flags)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_writes_that_fail_harm_nothing_but_themselves(
+    env: Env, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Data, tables, commits: what failed may be there or not; all else is as it was, and flushed in the end."""
+    path = tmp_path / "a"
+    driver, content = make(env, path, kind)
+    monkeypatch.setattr(find_driver(driver), "file_kind", FailingFile)
+    rng = FailingFile.rng = random.Random(kind)
+    runner = Runner(env, f"{driver}:{path}")
+    disk, failed = bytearray(content), 0
+    for _ in range(40):
+        monkeypatch.setattr(FailingFile, "rate", 0.3)
+        batch: list[Request] = []
+        while len(batch) < 8:
+            op, offset, length, flags, seed = operation(rng)
+            if op == FLUSH or all(offset + length <= other.offset or other.offset + other.length <= offset
+                                  for other in batch):
+                iov = [memoryview(bytearray(random.Random(seed).randbytes(length)))] if op in (READ, WRITE) else []
+                batch.append(Request(op, offset, 0 if op == FLUSH else length, iov, flags))
+        codes = runner.run(*batch)
+        failed += sum(map(bool, codes))
+        monkeypatch.setattr(FailingFile, "rate", 0)
+        for request, code in zip(batch, codes, strict=True):
+            start, end = request.offset, request.offset + request.length
+            if request.op == WRITE and not code:
+                disk[start:end] = b"".join(request.iov)
+            elif request.op == ZEROES and not code:
+                disk[start:end] = bytes(request.length)
+            elif request.op not in (READ, FLUSH):
+                disk[start:end] = runner.read(start, end - start)
+    assert failed > 20 and runner.flush() == 0
+    runner.close()
+    assert find_tools(driver).check(str(path)).errors == 0
+    again = Runner(env, f"{driver}:{path}", OpenFlag.RDONLY)
+    assert b"".join(again.read(at, 65536) for at in range(0, SIZE, 65536)) == disk
+    again.close()
 
 
 def test_who_waits_for_a_unit_goes_on_when_its_holder_fails(
