@@ -19,6 +19,7 @@ from tapcore.control import PROTOCOL
 from tapcore.control_server import Call, ControlServer
 from tapcore.disk import Disk
 from tapcore.driver import Env, OpenFlag
+from tapcore.drivers.log import Log
 from tapcore.errors import ControlError, UsageError, WritelogError
 from tapcore.jobs.control import Jobs
 from tapcore.map_reader import MapReader
@@ -232,7 +233,7 @@ class Engine:
             "job": disk.job.kind if disk.job is not None and disk.is_busy else None,
             "write_limit": vbd.throttle.rate if vbd.throttle is not None else None,
             "nbd": list(disk.server.addresses),
-            "logs": [{"name": log.log_name, "socket": str(log.socket_path)} for log in disk.logs],
+            "logs": [_describe_log(log) for log in disk.logs],
         }
 
     def _info(self, call: Call) -> dict[str, Any]:
@@ -282,6 +283,14 @@ class Engine:
                                errno=errno.EINVAL)
         MapReader(self._env.loop, vbd, call, offset, offset + length).step()
         return None
+
+
+def _describe_log(log: Log) -> dict[str, Any]:
+    """About a log of a disk, ready for JSON; ids are in hexadecimal, and 0 is none."""
+    ids = log.generations
+    return {"name": log.log_name, "socket": str(log.socket_path),
+            "sidecar": str(log.sidecar_path) if log.sidecar_path else None, "current": f"{ids.current:016x}",
+            "base": f"{ids.base:016x}", "history": [f"{name:016x}" for name in ids.history]}
 
 
 def default_name(chain: str) -> str:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -24,8 +25,10 @@ from tapcore import fence
 from tapcore.control_server import Call, Connection
 from tapcore.disk import Disk
 from tapcore.driver import Env
+from tapcore.drivers.log import Log
 from tapcore.errors import ControlError, WritelogError
 from tapcore.vbd import PAUSED, REPLACING, RUNNING
+from writelog.activity import Resume
 
 logger = logging.getLogger(__name__)
 
@@ -124,10 +127,12 @@ class Pausing:
             if error is None and not force:
                 disk.heed_fence()
                 error = _fenced(disk) if vbd.fenced else None
-            if error is None and force and image is not None:
-                self._in_worker(lambda: fence.clear(image), go_on)
-            else:
+            if error is not None or not force:
                 go_on(error)
+            elif vbd.fenced:
+                self._tell_logs(disk, Log.part, lambda: self._unfence(image, go_on))
+            else:
+                self._unfence(image, go_on)
 
         if "chain" in call.params and disk.is_busy:
             raise ControlError(f"a job works on the images of disk {disk.name!r}", errno=errno.EBUSY,
@@ -218,12 +223,32 @@ class Pausing:
             disk.overdue = None
             vbd.fence(why)
             logger.warning("%s: %s", disk.name, why)
-            call.finish({"fenced": why})
+            self._tell_logs(disk, Log.complete, lambda: call.finish({"fenced": why}))
 
         if image is None:
             recorded(None)
         else:
             self._in_worker(lambda: fence.write(image, why), recorded)
+
+    def _unfence(self, image: str | None, done: Callable[[WritelogError | None], None]) -> None:
+        if image is None:
+            done(None)
+        else:
+            self._in_worker(lambda: fence.clear(image), done)
+
+    def _tell_logs(self, disk: Disk, tell: Callable[[Log, Resume], None], done: Callable[[], None]) -> None:
+        """`tell` each log of the disk, and `done()` when all have it durably, or cannot."""
+        left = disk.logs
+
+        def next_one(code: int = 0) -> None:
+            if code:
+                logger.error("%s: the side-car of a log has a former generation: %s", disk.name, os.strerror(code))
+            if left:
+                tell(left.pop(), next_one)
+            else:
+                done()
+
+        next_one()
 
     def _in_worker(self, action: Callable[[], None], done: Callable[[WritelogError | None], None]) -> None:
         """`action()`, which blocks and may raise WritelogError, in a worker; then `done(error)`."""

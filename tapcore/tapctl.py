@@ -244,7 +244,8 @@ def _info(options: argparse.Namespace) -> None:
         if key == "size":
             text = f"{value} ({size_text(value)})"
         elif key == "logs":
-            text = ", ".join(f"{log['name']} at {log['socket']}" for log in value)
+            text = ", ".join(f"{log['name']} at {log['socket']} (side-car {log['sidecar'] or 'none'}, "
+                             f"current {log['current']}, base {log['base']})" for log in value)
         elif isinstance(value, list):
             text = ", ".join(map(str, value))
         elif isinstance(value, bool):

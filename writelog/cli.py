@@ -162,6 +162,8 @@ def _stat(log: LogClient, options: argparse.Namespace) -> int:
     print(f"in flight    {figures.in_flight} writes")
     print(f"clients      {figures.clients}")
     print(f"generation   {figures.generation:016x}")
+    print(f"current      {figures.current:016x}")
+    print(f"base         {figures.base:016x}")
     return EXIT_OK
 
 

@@ -17,8 +17,7 @@ from typing import Final
 
 import zmq
 
-from tapcore import fence
-from tapcore.driver import Env, leaf_of
+from tapcore.driver import Env
 from tapcore.errors import ReplicationError, UsageError, WritelogError
 from tapcore.loop import Timer
 from tapcore.vbd import Vbd
@@ -277,21 +276,11 @@ class ReplicaServer:
             self._unfence()
             self._store.store(replace(self._store.state, promoted=True))
             self.promoted = True
-            self._clear_fence()
             self._vbd.resume()
             logger.warning("promoted: this disk is the primary now")
             if self._on_end is not None:
                 self._on_end(True)
         return self._export
-
-    def _clear_fence(self) -> None:
-        """The disk may have been handed over from here once: now it is back."""
-        image = leaf_of(self._vbd.chain.head).path
-        if image is not None:
-            try:
-                fence.clear(image)
-            except WritelogError as error:
-                logger.error("the disk is served, but who opens its image next finds it fenced: %s", error)
 
     def session_released(self) -> None:
         logger.info("the sync is done; the copy is consistent, and this stays a replica")

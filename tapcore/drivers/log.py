@@ -43,9 +43,10 @@ from tapcore.beside import beside
 from tapcore.driver import Driver, Env, Filter, OpenFlag, leaf_of
 from tapcore.errors import LogError
 from tapcore.request import Request
-from writelog.activity import DEFAULT_HOT, MIN_HOT
+from writelog.activity import DEFAULT_HOT, MIN_HOT, Activity, Resume
 from writelog.bitmap import DEFAULT_GRANULARITY_BYTES, check_granularity
 from writelog.control import Figures
+from writelog.generations import Generations, new_id
 from writelog.logjournal import Journal
 from writelog.logstore import LogStore
 from writelog.server import LogServer
@@ -74,6 +75,7 @@ class Log(Filter):
         self._store: LogStore | None = None
         self._server: LogServer | None = None
         self._journal: Journal | None = None
+        self._activity: Activity | None = None
         self._hot: dict[int, int] = {}
         """The extents that may be written to at once; see writelog.activity."""
 
@@ -97,7 +99,8 @@ class Log(Filter):
             store.close()
             raise
         if self._journal is not None:
-            self._hot = self._journal.activity.hot
+            self._activity = self._journal.activity
+            self._hot = self._activity.hot
         self._store = store
         self._map = store.map
         self._next_write, self._next_submit = self.next.queue_write, self.next.submit
@@ -130,7 +133,7 @@ class Log(Filter):
                 server.close()
         finally:
             server = None
-            self._journal = None
+            self._journal = self._activity = None
             if store is not None:
                 del self._map
                 store.close()
@@ -144,23 +147,21 @@ class Log(Filter):
     def queue_discard(self, request: Request) -> bool:
         return self._change(request, self.next.queue_discard)
 
-    def _change(self, request: Request, verb: Callable[[Request], bool]) -> bool:
-        """Pass on what goes to hot extents; what does not waits for its intent."""
-        journal = self._journal
-        if journal is not None:
-            first = request.offset >> EXTENT_SHIFT
-            last = (request.offset + request.length - 1) >> EXTENT_SHIFT
-            if first == last and first in self._hot:
-                self._hot[first] = journal.activity.now
-            elif not journal.activity.is_hot(first, last):
-                self._wait(journal, first, last, request, verb)
-                return False
-        return self._pass_on(request, verb)
+    def _change(self, request: Request, verb: Callable[[Request], bool], is_admitted: bool = False) -> bool:
+        """Mark and pass on what goes to hot extents, or `is_admitted`; other requests wait for their intent.
 
-    def _pass_on(self, request: Request, verb: Callable[[Request], bool]) -> bool:
-        """Mark, then pass on; a request that stays under way is in flight until its `done` is called. The hook is
-        set first, so that it comes after those of the levels below, when they are through with the request."""
-        offset, length, done = request.offset, request.length, request.done
+        A request that stays under way is in flight until its `done` is called. The hook is set first, so that it
+        comes after those of the levels below, when they are through with the request.
+        """
+        offset, length, activity = request.offset, request.length, self._activity
+        if activity is not None and not is_admitted:
+            first, last = offset >> EXTENT_SHIFT, (offset + length - 1) >> EXTENT_SHIFT
+            if first == last and first in self._hot:
+                self._hot[first] = activity.now
+            elif not activity.is_hot(first, last):
+                self._wait(activity, first, last, request, verb)
+                return False
+        done = request.done
         self._map.mark(offset, length)
         request.done = self._done_hook
         if verb(request):
@@ -171,15 +172,15 @@ class Log(Filter):
         return False
 
     def _wait(
-        self, journal: Journal, first: int, last: int, request: Request, verb: Callable[[Request], bool]
+        self, activity: Activity, first: int, last: int, request: Request, verb: Callable[[Request], bool]
     ) -> None:
         """Go on with `request` when its intent is durable. One that is wide is marked now, and in flight, so that
         nobody takes its blocks before it has ended."""
-        is_wide = journal.activity.is_wide(first, last)
+        is_wide = activity.is_wide(first, last)
         if is_wide:
             self._map.mark(request.offset, request.length)
             self._map.in_flight[request] = (request.offset, request.length)
-        journal.activity.wait(first, last, partial(self._go_on, request, verb, is_wide))
+        activity.wait(first, last, partial(self._go_on, request, verb, is_wide))
 
     def _go_on(self, request: Request, verb: Callable[[Request], bool], is_wide: bool, code: int) -> None:
         if is_wide:
@@ -187,7 +188,7 @@ class Log(Filter):
         if code:
             request.error = code
             request.done(request)
-        elif (self._pass_on if is_wide else self._change)(request, verb):
+        elif self._change(request, verb, is_wide):
             request.done(request)
 
     def submit(self) -> None:
@@ -219,6 +220,30 @@ class Log(Filter):
     @property
     def sidecar_path(self) -> Path | None:
         return self._store.sidecar_path if self._store is not None else None
+
+    @property
+    def generations(self) -> Generations:
+        return self._opened().generations
+
+    def complete(self, done: Resume) -> None:
+        """The disk was handed over: if the copy at the base lacks nothing, both sides have what goes by that name
+        now. `done(0)` when that is durable, or with an errno."""
+        store, dirty_map = self._opened(), self._map
+        if store.generations.base == 0 or dirty_map.dirty.bits.any() or dirty_map.taken.bits.any():
+            done(0)
+        else:
+            store.change(store.generations.completed(), done)
+
+    def part(self, done: Resume) -> None:
+        """The disk goes on though it was handed over: it is another one than its copy from now on. `done` as for
+        `complete`."""
+        store = self._opened()
+        store.change(store.generations.parted(new_id()), done)
+
+    def _opened(self) -> LogStore:
+        if self._store is None:
+            raise LogError(f"the log {self.log_name!r} is not open", errno=errno.EBADF)
+        return self._store
 
     def figures(self) -> Figures:
         """The log's figures, as clients see them."""

@@ -227,10 +227,38 @@ def test_a_replica_takes_its_fence_away_when_it_is_promoted(env: Env, tmp_path: 
         path.write_bytes(bytes(SIZE_BYTES))
     fence.write(str(paths[1]), "handed over once")
     rig = Rig(env, paths[0])
-    endpoint = rig.replica(f"aio:{paths[1]}")
+    endpoint = rig.replica(f"aio:{paths[1]}", unfence=lambda: fence.clear(str(paths[1])))
     assert rig.sync("--keep-running", "vm1", endpoint) == 0
     assert fence.read(str(paths[1]))
     assert rig.sync("vm1", endpoint) == 0
     assert fence.read(str(paths[1])) is None
     assert fence.read(str(paths[0])) == f"handed over to {endpoint}"
+    rig.close()
+
+
+def test_ids_say_who_has_what(env: Env, tmp_path: Path) -> None:
+    """After a hand-over the former primary is at what the copy has; forced to go on, it parts from it."""
+    paths = [tmp_path / name for name in ("disk.img", "copy.img")]
+    for path in paths:
+        path.write_bytes(bytes(SIZE_BYTES))
+    rig = Rig(env, paths[0])
+
+    def ids() -> tuple[str, str, list[str]]:
+        [log] = rig.info()["logs"]
+        return log["current"], log["base"], log["history"]
+
+    none = "0" * 16
+    first, base, _ = ids()
+    assert first != none and base == none
+    endpoint = rig.replica(f"aio:{paths[1]}")
+    assert rig.sync("--keep-running", "vm1", endpoint) == 0
+    current, base, _ = ids()
+    assert current == first and base != none
+    assert rig.sync("vm1", endpoint) == 0
+    handed_over = ids()
+    assert handed_over[1] == none and handed_over[0] not in (first, none) and handed_over[2][0] == first
+    with rig.control() as control:
+        control.call("unpause", disk="vm1", force=True)
+    current, base, history = ids()
+    assert current not in (handed_over[0], first, none) and base == handed_over[0] and first in history
     rig.close()

@@ -40,8 +40,9 @@ _ALL = [(kind, 4096, depth, connections) for kind in ("randread", "randwrite")
         for depth, connections in ((1, 1), (16, 1), (64, 1), (16, 4))]
 _ALL += [("read", 1 << 20, 16, 1), ("write", 1 << 20, 16, 1)]
 _SHORT = [job for job in _ALL if job[3] == 1]
+_COSTS = [("randwrite", 4096, depth, 1) for depth in (1, 16, 64)]
 ROWS = [Row(subject, *job) for subject, jobs in (
-    ("raw", _ALL), ("log's cost", [("randwrite", 4096, depth, 1) for depth in (1, 16, 64)]), ("direct", _SHORT),
+    ("raw", _ALL), ("log's cost", _COSTS), ("side-car's cost", _COSTS), ("direct", _SHORT),
     ("qcow2", _ALL), ("qcow2, unallocated", _SHORT),
     ("qcow2, chain of 10", [job for job in _SHORT if "read" in job[0]])) for job in jobs]
 

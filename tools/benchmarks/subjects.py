@@ -65,6 +65,16 @@ class Unlogged(Raw):
         return {OURS: super().servers()[OURS], "no log": tapdisk(f"aio:{self.image}")}
 
 
+class Unrecorded(Raw):
+    """The same; the peer is a log that does not outlive the host."""
+
+    name = "side-car's cost"
+
+    def servers(self) -> Mapping[str, Command]:
+        return {OURS: super().servers()[OURS],
+                "no side-car": tapdisk(f"log:{LOG_NAME}-2,sidecar=none|aio:{self.image}")}
+
+
 class Direct(Raw):
     """A raw file past the page cache; the folder is to be on a real disk."""
 
@@ -123,7 +133,7 @@ class DeepQcow2(Qcow2):
 
 
 SUBJECTS: Final[dict[str, Callable[[Path, int], Subject]]] = {
-    kind.name: kind for kind in (Raw, Unlogged, Direct, Qcow2, EmptyQcow2, DeepQcow2)}
+    kind.name: kind for kind in (Raw, Unlogged, Unrecorded, Direct, Qcow2, EmptyQcow2, DeepQcow2)}
 
 
 def write_noise(path: Path, size_bytes: int) -> None:
