@@ -1,7 +1,7 @@
 """An overlay and what is below it: commit and rebase.
 
-Both need to know which parts of the disk are the overlay's own. A `Below` between two images of a chain adds one
-to the depth in the states of a block status on its way up:
+What the overlay itself has, an `Own` tells commit. A `Below` between two images of a chain adds one to the depth
+in the states of a block status on its way up:
 
     overlay ▶ Below ▶ backing ▶ Below ▶ its backing        state = (depth << DEPTH_SHIFT) | hole | zero
 
@@ -28,7 +28,7 @@ from tapcore.img.locate import Image, file_image
 from tapcore.img.progress import Progress
 from tapcore.img.session import Batch, Session, Steps, Task, ended_well
 from tapcore.img.walk import DATA, PIECE_BYTES, SKIP, ZERO, Piece, Walk, data_or_zero
-from tapcore.request import BACKGROUND, READ, STATUS_ZERO, WRITE, Request
+from tapcore.request import BACKGROUND, READ, STATUS_HOLE, STATUS_ZERO, WRITE, Request
 
 DEPTH_SHIFT: Final = 8
 BELOW: Final = OpenFlag.RDONLY | OpenFlag.SHAREABLE
@@ -36,13 +36,9 @@ BELOW: Final = OpenFlag.RDONLY | OpenFlag.SHAREABLE
 
 
 class Below(Filter):
-    """What stands between an image and its backing: counts depth in block status. With params "unseen" the backing
-    is not asked: all of it is data."""
+    """What stands between an image and its backing: counts depth in block status."""
 
     def queue_status(self, request: Request) -> bool:
-        if self.params:
-            request.extents = [(request.length, 1 << DEPTH_SHIFT)]
-            return True
         done = request.done
 
         def deepen(request: Request) -> None:
@@ -60,20 +56,24 @@ class Below(Filter):
         return True
 
 
-def mark_depths(chain: Chain, params: str = "") -> list[Driver]:
+class Own(Filter):
+    """An image without what shows through it: HOLE where it has nothing, ZERO where it has zeroes. What is below
+    is not asked."""
+
+    def queue_status(self, request: Request) -> bool:
+        own: Callable[[Request], bool] = getattr(self.next, "queue_own_status", self.next.queue_status)
+        return own(request)
+
+
+def mark_depths(chain: Chain) -> list[Driver]:
     """Let the block status of `chain` say how deep each part lies. Returns its images, the overlay first."""
     images = [chain.leaf]
     while (backing := images[-1].backing) is not None:
-        mark = Below(backing.env, params, backing.flags)
+        mark = Below(backing.env, "", backing.flags)
         mark.attach(backing)
         images[-1].backing = mark
         images.append(backing)
     return images
-
-
-def own_parts(state: int) -> int:
-    """For a Walk: what the first image says itself, and SKIP for what shows through it."""
-    return SKIP if state >> DEPTH_SHIFT else data_or_zero(state)
 
 
 @dataclass(frozen=True)
@@ -92,10 +92,11 @@ def commit(session: Session, overlay: Image, progress: Progress) -> Committed:
         backing.image.tools.resize(backing.image.file, size_bytes)
     into = session.open(backing.image.chain)
     chain = session.open(overlay.chain, OpenFlag.RDONLY)
-    mark_depths(chain, "unseen")  # its tables change meanwhile
+    own = Own(session.env, "", chain.leaf.flags)
+    own.attach(chain.leaf)
 
     def walk() -> Walk:
-        return Walk(session, chain.head, str(overlay), kind_of=own_parts)
+        return Walk(session, own, str(overlay), kind_of=_own_parts)
 
     progress.start(count_data(session, walk()) if progress.is_on else 0)
     copy(session, Disk(chain.head, str(overlay)), Disk(into.head, str(backing.image)), walk(), progress,
@@ -105,6 +106,11 @@ def commit(session: Session, overlay: Image, progress: Progress) -> Committed:
     overlay.tools.accept_backing(overlay.file)
     progress.end()
     return Committed(str(overlay), str(backing.image), progress.done_bytes)
+
+
+def _own_parts(state: int) -> int:
+    """For a Walk over an Own."""
+    return SKIP if state & STATUS_HOLE else data_or_zero(state)
 
 
 class _Under(NamedTuple):

@@ -123,6 +123,23 @@ def test_over_nbd_and_a_log(serve: Callable[..., Tapdisk], tmp_path: Path, name:
     assert "in use" in refused and f"process {disk.process.pid} (" in refused
 
 
+@pytest.mark.parametrize(("source", "options"), [
+    ("qcow2", ["-c", "-o", "compression_type=zstd"]), ("qcow2", ["-o", "compat=0.10,cluster_size=512"]),
+    ("qcow2", ["-o", "extended_l2=on,cluster_size=128k"]),
+    ("vmdk", ["-o", "subformat=streamOptimized"]), ("vmdk", ["-o", "subformat=monolithicFlat"]),
+    ("vmdk", ["-o", "subformat=twoGbMaxExtentSparse"]), ("vmdk", ["-o", "subformat=twoGbMaxExtentFlat"]),
+    ("vhd", ["-o", "subformat=fixed"]),
+])
+def test_convert_from_variants_of_qemu(tmp_path: Path, source: str, options: list[str]) -> None:
+    content = sparse(tmp_path / "disk")
+    path = tmp_path / f"disk.{source}"
+    qemu_img("convert", "-f", "raw", "-O", FORMATS[source], *options, tmp_path / "disk", path)
+    td_img("convert", "-f", source, path, tmp_path / "back.img")
+    back = (tmp_path / "back.img").read_bytes()
+    assert back[:SIZE] == content and not any(back[SIZE:])
+    assert as_json("info", "-f", source, path)["format"] == source
+
+
 @pytest.mark.parametrize("options", [[], ["-o", "compression=zstd"]])
 def test_what_is_written_compressed_is_as_small_as_theirs(tmp_path: Path, options: list[str]) -> None:
     rng = Random(5)
