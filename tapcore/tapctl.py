@@ -141,7 +141,8 @@ def _add_jobs(add_for_disk: Callable[..., argparse.ArgumentParser]) -> None:
     taking.add_argument("--option", action="append", metavar="KEY=VALUE", dest="image_options",
                         help="of the new image; may be repeated")
     committing = add_for_disk("commit", _begin_job, "Move what the top image holds into its parent, and let the "
-                              "disk go on with the parent. Other overlays of the parent become useless.")
+                              "disk go on with the parent. After a crash the top image is the one to open. "
+                              "Other overlays of the parent become useless.")
     streaming = add_for_disk("stream", _begin_job, "Copy what only the parents hold into the top image, and let "
                              "it stand alone.")
     streaming.add_argument("--base", metavar="PATH", help="a parent that is to stay, with all that is below it")

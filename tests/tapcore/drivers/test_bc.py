@@ -11,8 +11,10 @@ import pytest
 from contract.runner import Runner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from processes import Tapdisk
 from support import Manual
 
+from tapcore.control import find_disk
 from tapcore.driver import Env, OpenFlag
 from tapcore.drivers.bc import ReadCache
 from tapcore.errors import ChainError
@@ -364,3 +366,19 @@ def test_options_that_cannot_be(env: Env, tmp_path: Path, text: str, message: st
     with pytest.raises(ChainError, match=message):
         Runner(env, text.format(folder=tmp_path))
     assert not (tmp_path / "c").exists()
+
+
+def test_a_killed_tapdisk_leaves_what_it_has_read(serve: Callable[..., Tapdisk], disk: Path) -> None:
+    tapdisk = serve(chain(disk), "--read-only", "--name", "vm")
+    with tapdisk.client() as client:
+        assert client.read(0, 100) == CONTENT[:100]
+        for _ in range(100_000):
+            if any((disk.parent / "cache").read_bytes()[4096:8192]):
+                break
+            client.read(0, 1)
+    tapdisk.kill()
+    again = serve(chain(disk), "--read-only", "--name", "vm")
+    with again.client() as client, find_disk(again.run_dir, "vm") as control:
+        assert client.read(50, 100) == CONTENT[50:150]
+        (figures,) = control.call("stats", disk="vm")["disks"]["vm"]["drivers"].values()
+        assert figures == {"hits": 1, "misses": 0, "damaged": 0}
