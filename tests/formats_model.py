@@ -100,3 +100,28 @@ def drive(runner: Runner, journal: Journal, history: History, rng: random.Random
         else:
             assert (runner.zeroes if kind == "zeroes" else runner.discard)(offset, length) == 0
         history.disk[offset : offset + length] = runner.read(offset, length)
+
+
+def drive_batches(runner: Runner, journal: Journal, history: History, rng: random.Random, count: int) -> None:
+    """Random aligned changes, several at a time, and flushes among them, which cover what was complete before."""
+    for _ in range(count):
+        before, begun = bytes(history.disk), len(journal.entries)
+        batch: list[Request] = []
+        for _ in range(rng.randrange(1, 9)):
+            offset = rng.randrange(runner.size // SECTOR) * SECTOR
+            length = min(rng.choice((1, 2, 5, 20)) * SECTOR, runner.size - offset)
+            if all(offset + length <= other.offset or other.offset + other.length <= offset for other in batch):
+                op = rng.choice((WRITE, WRITE, WRITE, ZEROES, DISCARD))
+                iov = [memoryview(rng.randbytes(length))] if op == WRITE else []
+                batch.append(Request(op, offset, length, iov, rng.choice((0, BACKGROUND))))
+        flushes = [Request(FLUSH)] if rng.random() < 0.6 else []
+        assert set(runner.run(*batch[1:], *flushes, batch[0])) == {0}
+        marks = [begun]
+        if flushes:
+            history.flushed.append((len(journal.entries), before))
+            marks.append(len(journal.entries))
+        for request in batch:
+            start, end = request.offset, request.offset + request.length
+            data = b"".join(request.iov) or bytes(request.length)
+            history.changes += [(mark, start, data) for mark in marks]
+            history.disk[start:end] = data if request.op == WRITE else runner.read(start, request.length)
