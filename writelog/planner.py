@@ -88,6 +88,14 @@ class Planner:
         self._improvement = Improvement()
         self._was_first_pass = True
 
+    def set_limits(self, limits: Limits) -> None:
+        """From now on these."""
+        throttle = self.escalation.throttle
+        self.limits = limits
+        self.escalation = Escalation(limits)
+        self.escalation.throttle = throttle if limits.may_throttle else None
+        self._improvement = Improvement()
+
     @property
     def window_bytes(self) -> int:
         """How much may be sent and not applied."""

@@ -6,6 +6,7 @@ import argparse
 import signal
 import sys
 from collections.abc import Sequence
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Final
 
@@ -13,14 +14,17 @@ from tapcore.errors import WritelogError
 from tapcore.params import size_bytes
 from tapcore.rundir import default_run_dir
 from tapcore.text import size_text
-from writelog import sync_simulate
+from writelog import sync_command, sync_simulate
 from writelog.plan import Limits
 from writelog.replica import run_command, seconds, some_seconds
+from writelog.sync_control import Wishes
+from writelog.sync_hooks import Hooks
 from writelog.sync_link import Peer
 from writelog.sync_pack import AUTO, OFF, ON
 from writelog.sync_report import Reporter
-from writelog.sync_run import Interrupted, Sync
+from writelog.sync_run import Sync
 from writelog.sync_source import Source
+from writelog.sync_stop import Interrupted
 from writelog.sync_transport import check_endpoint, load_keys, load_public_key
 
 MIN_RATE: Final = 64 << 10
@@ -36,6 +40,8 @@ examples:
   writelog-sync --keep-running --verify vm1 tcp://127.0.0.1:5599     a copy, or a drill: the disk stays here
   writelog-sync --key sync.key_secret --server-key replica.key --json vm1 tcp://192.0.2.7:5599
   writelog-sync --rate 40M --max-rate 80M vm1 tcp://127.0.0.1:5599   leave room for others on the link
+  writelog-sync start --hold vm1 tcp://127.0.0.1:5599                in the background, in sync, until you say
+  writelog-sync switch vm1                                         so; or status, set, pause, resume, cancel, wait
   writelog-sync simulate                                             what to expect, in made-up time
 
 exit codes: 0 the replica has confirmed its copy (and taken over), 1 it has not, 2 wrong usage, 130 interrupted
@@ -56,6 +62,23 @@ def rate(text: str) -> float:
 def floor(text: str) -> float:
     """A rate, or 0 for 'off'."""
     return 0.0 if text == "off" else rate(text)
+
+
+def moment(text: str) -> float:
+    """A time of day, the next one, or a date with a time; seconds of time.time()."""
+    now = datetime.now()
+    try:
+        if "T" in text or "-" in text:
+            when = datetime.fromisoformat(text)
+        else:
+            clock = datetime.strptime(text, "%H:%M")
+            when = now.replace(hour=clock.hour, minute=clock.minute, second=0, microsecond=0)
+            when += timedelta(days=when <= now)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no time: HH:MM, or 2026-01-31T23:05") from None
+    if when.timestamp() <= now.timestamp():
+        raise argparse.ArgumentTypeError(f"{text!r} has passed")
+    return when.timestamp()
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -85,6 +108,14 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
                         help="a replica that is silent for so long is gone (default: %(default)g s)")
     parser.add_argument("--keep-running", action="store_true",
                         help="do all but hand over: the disk stays here, the replica keeps a consistent copy")
+    parser.add_argument("--hold", action="store_true",
+                        help="stay in sync, and switch over when `writelog-sync switch DISK` says so")
+    parser.add_argument("--at", type=moment, metavar="TIME",
+                        help="stay in sync until then: HH:MM, the next time, or 2026-01-31T23:05")
+    parser.add_argument("--before-switch", metavar="FILE",
+                        help="an executable to run before the pause, with DISK and replica; if it fails, so does "
+                             "the sync")
+    parser.add_argument("--after-switch", metavar="FILE", help="and one to run after the replica has taken over")
     parser.add_argument("--overwrite", action="store_true",
                         help="send a full copy, whatever else the replica holds")
     parser.add_argument("--verify", action="store_true",
@@ -110,12 +141,14 @@ def run(options: argparse.Namespace) -> int:
     peer = Peer(options.replica, keys, server_public, options.peer_timeout)
     limits = Limits(options.downtime, options.patience, options.max_pause, options.max_time, options.rate,
                     options.max_rate, options.throttle_floor != 0, options.throttle_floor or None)
+    wishes = Wishes(limits, options.hold or options.at is not None, options.at)
     reporter = Reporter("json" if options.json else "tty" if sys.stdout.isatty() else "plain")
     source = None
     try:
         source = Source(options.run_dir or default_run_dir(), options.disk, options.log)
         sync = Sync(source, peer, limits, reporter, verify=options.verify, keep_running=options.keep_running,
-                    overwrite=options.overwrite, compress=options.compress)
+                    overwrite=options.overwrite, compress=options.compress, wishes=wishes,
+                    hooks=Hooks(options.before_switch, options.after_switch))
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: setattr(sync, "interrupted", True))
         reporter.done(sync.run())
@@ -138,6 +171,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments and arguments[0] == "simulate":
         return sync_simulate.main(arguments[1:])
+    if arguments and arguments[0] == "start":
+        options = parse_arguments(arguments[1:])
+        return run_command(lambda: sync_command.start(arguments[1:], options), "writelog-sync")
+    if arguments and arguments[0] in sync_command.COMMANDS:
+        op = arguments[0]
+        options = sync_command.parse_arguments(op, arguments[1:], rate, floor, seconds)
+        return run_command(lambda: sync_command.steer(op, options), "writelog-sync")
     options = parse_arguments(arguments)
     return run_command(lambda: run(options), "writelog-sync")
 

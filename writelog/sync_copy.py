@@ -15,9 +15,10 @@ from writelog.backlog import Backlog
 from writelog.heat import SAMPLE_S
 from writelog.plan import Limits, Outlook
 from writelog.planner import Planner, Seen
+from writelog.sync_control import Wishes
 from writelog.sync_pack import Packer
 from writelog.sync_pipeline import Pipeline, Portion
-from writelog.sync_report import Progress
+from writelog.sync_report import CONVERGING, IN_SYNC, PAUSED, SYNCING, Progress
 from writelog.sync_source import Source
 from writelog.wire import Ack
 
@@ -25,7 +26,7 @@ MAX_OPEN_PORTIONS: Final = 60
 """Of the leases that a connection may have."""
 MAX_ZERO_TAKE_BYTES: Final = 256 << 20
 """Taken at once where all is holes."""
-NEWS_S: Final = 0.05
+NEWS_S, CALM_NEWS_S = 0.05, 1.0
 """When nothing is left to take, ask what was written no more often than this."""
 LOOK_S: Final = 0.1
 
@@ -45,6 +46,12 @@ class Copier:
         self._committed_bytes = 0
         self._asked_s = self._looked_s = -math.inf
         self._zero_growth = 1
+        self.is_calm = False
+        """Nobody waits for a switch-over: what is hot is sent less often."""
+
+    def set_limits(self, limits: Limits) -> None:
+        self.planner.set_limits(limits)
+        self.escalate()
 
     def begin(self, is_all: bool) -> None:
         """The replica lacks what the log has: `is_all` of the disk, or some of it."""
@@ -91,7 +98,7 @@ class Copier:
         while pipeline.todo_bytes < portion_bytes and pipeline.open_portions < MAX_OPEN_PORTIONS:
             ranges = backlog.next(min(portion_bytes * self._zero_growth, MAX_ZERO_TAKE_BYTES))
             if not ranges:
-                if time.monotonic() - self._asked_s >= NEWS_S:
+                if time.monotonic() - self._asked_s >= (CALM_NEWS_S if self.is_calm else NEWS_S):
                     self._ask()
                 return
             portion = self._source.take_listed(ranges)
@@ -136,6 +143,15 @@ class Copier:
         if self.planner.escalation.throttle is not None:
             self.planner.escalation.throttle = None
             self._source.slow_down(None)
+
+    def usual_state(self, wishes: Wishes) -> str:
+        """What to call the state of a sync that copies."""
+        if wishes.is_paused:
+            return PAUSED
+        if not self.first_pass_done:
+            return SYNCING
+        fits = self.planner.outlook.pause_s <= wishes.limits.downtime_s
+        return IN_SYNC if fits and wishes.is_held else CONVERGING
 
     def progress(self) -> Progress:
         outlook, pipeline = self.planner.outlook, self.pipeline

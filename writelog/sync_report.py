@@ -18,6 +18,7 @@ TTY_INTERVAL_S: Final = 0.2
 
 CONNECTING, SYNCING, STALLED, CONVERGING = "connecting", "syncing", "stalled", "converging"
 SWITCHING, DONE, FAILED = "switching", "done", "failed"
+IN_SYNC, PAUSED = "in sync", "paused"
 
 
 @dataclass
@@ -107,6 +108,11 @@ class Reporter:
         self._told_s = 0.0
         self._interval_s = {"json": JSON_INTERVAL_S, "tty": TTY_INTERVAL_S}.get(style, LINE_INTERVAL_S)
         self._live: Any = None
+
+    @property
+    def current(self) -> str:
+        """The state that was entered last."""
+        return self._state
 
     def state(self, state: str, detail: str = "") -> None:
         """Enter a state; told at once if it is another one."""

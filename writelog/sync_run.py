@@ -18,17 +18,21 @@ import math
 import os
 import time
 from collections.abc import Callable
-from typing import Final, TypeVar
+from dataclasses import asdict
+from typing import Any, Final, TypeVar
 
 import zmq
 
 from tapcore.errors import ControlError, LogError, ReplicationError, WritelogError
 from writelog.plan import Action, Limits
+from writelog.sync_control import ControlSocket, Wishes
 from writelog.sync_copy import MAX_OPEN_PORTIONS, Copier
+from writelog.sync_hooks import Hooks
 from writelog.sync_link import Link, LinkLost, Peer
 from writelog.sync_pack import AUTO
-from writelog.sync_report import CONNECTING, CONVERGING, STALLED, SWITCHING, SYNCING, Report, Reporter
+from writelog.sync_report import CONNECTING, CONVERGING, STALLED, SWITCHING, Report, Reporter
 from writelog.sync_source import Source
+from writelog.sync_stop import Interrupted, PauseTooLong, Stopwatch
 from writelog.wire import (
     VERIFY_CHUNK_BYTES,
     VERSION,
@@ -69,36 +73,18 @@ SETTLE_S: Final = 30.0
 M = TypeVar("M", Welcome, Digest, Content, Promoted, Released)
 
 
-class Interrupted(Exception):
-    """The operator stopped the sync."""
-
-
-class PauseTooLong(Exception):
-    """The switch-over takes too long; `str()` says how long."""
-
-
-class Stopwatch:
-    """Adds up the time between laps under the laps' names, in seconds."""
-
-    def __init__(self) -> None:
-        self.parts_s: dict[str, float] = {}
-        self.start_s = self._lap_s = time.monotonic()
-
-    def lap(self, name: str) -> None:
-        now_s = time.monotonic()
-        self.parts_s[name] = self.parts_s.get(name, 0.0) + now_s - self._lap_s
-        self._lap_s = now_s
-
 class Sync:
     """One run for one disk. `interrupted` may be set by a signal handler."""
 
     def __init__(self, source: Source, peer: Peer, limits: Limits, reporter: Reporter, *,
                  verify: bool = False, keep_running: bool = False, overwrite: bool = False,
-                 compress: str = AUTO) -> None:
+                 compress: str = AUTO, wishes: Wishes | None = None, hooks: Hooks | None = None) -> None:
         self.interrupted = False
         self._source = source
         self._peer = peer
         self._limits = limits
+        self._wishes = wishes or Wishes(limits)
+        self._hooks = hooks or Hooks()
         self._reporter = reporter
         self._verify = verify
         self._keep_running = keep_running
@@ -118,6 +104,7 @@ class Sync:
         self._planner = self._copier.planner
         self._pipeline = self._copier.pipeline
         self._start_s = time.monotonic()
+        self._control = ControlSocket(source.control_path, self._wishes, self._status, self._heed)
         self._replies: dict[type[object], Message] = {}
         """The last answer of each kind that nobody has used yet."""
         self._failed_tries = 0
@@ -128,6 +115,32 @@ class Sync:
         """The digest of the last barrier."""
 
     def run(self) -> Report:
+        """As `_run`, and those who wait at the control socket hear of it."""
+        outcome: dict[str, Any] | WritelogError = ReplicationError("interrupted", errno=errno.EINTR)
+        try:
+            report = self._run()
+            outcome = asdict(report)
+            return report
+        except WritelogError as error:
+            outcome = error
+            raise
+        finally:
+            self._control.close(outcome)
+
+    def _status(self) -> dict[str, Any]:
+        wishes = self._wishes
+        return asdict(self._copier.progress()) | {
+            "disk": self._source.name, "replica": self._peer.endpoint, "state": self._reporter.current,
+            "is_held": wishes.is_held, "is_paused": wishes.is_paused, "downtime": wishes.limits.downtime_s,
+            "resumed": self._report.resumed, "connections": self._report.connections}
+
+    def _heed(self) -> None:
+        """The operator wants something else."""
+        self.interrupted |= self._wishes.is_cancelled
+        self._limits = self._wishes.limits
+        self._copier.set_limits(self._limits)
+
+    def _run(self) -> Report:
         """To the end. WritelogError or Interrupted if there is none; then the guest goes on and all that is not
         confirmed is dirty, unless the disk was handed over already, which the error says."""
         try:
@@ -159,6 +172,7 @@ class Sync:
             self._source.resume()
         with contextlib.suppress(WritelogError):
             self._source.reclaim()
+        self._source.close()
         self._context.destroy(linger=0)
 
     # Connections
@@ -305,6 +319,7 @@ class Sync:
         """Interrupted, PauseTooLong or ReplicationError if there is a reason not to go on."""
         if self._source.handed_over:
             return
+        self._control.turn()
         if self.interrupted:
             raise Interrupted
         if self._watch is None:
@@ -372,26 +387,30 @@ class Sync:
         copier, planner = self._copier, self._planner
         while True:
             stalled = planner.outlook.stalled_s >= STALL_TOLD_S
-            self._reporter.state(STALLED if stalled else CONVERGING if copier.first_pass_done else SYNCING)
-            copier.take_more()
+            may_switch = self._wishes.may_switch
+            copier.is_calm = not may_switch
+            self._reporter.state(STALLED if stalled else copier.usual_state(self._wishes))
+            if not self._wishes.is_paused:
+                copier.take_more()
             self._pump()
             if not copier.look_is_due:
                 continue
             copier.look()
             self._reporter.progress(copier.progress())
             decision = planner.decide()
-            if decision.action == Action.SWITCH:
+            if decision.action == Action.SWITCH and may_switch and not self._wishes.is_paused:
                 return
             if decision.action == Action.ESCALATE:
                 copier.escalate()
                 self._reporter.state(CONVERGING, str(planner.escalation))
-            elif decision.action == Action.GIVE_UP:
+            elif decision.action == Action.GIVE_UP and may_switch:
                 raise ReplicationError(decision.reason, hint=decision.hint)
 
     # Switching
 
     def _switch(self) -> None:
         """Pause, send the rest, have it confirmed, hand over. Whatever is raised, the guest is to be resumed."""
+        self._hooks.before(self._source.name, self._peer.endpoint)
         self._reporter.state(SWITCHING)
         watch = self._watch = Stopwatch()
         self._report.pause_parts_s = watch.parts_s
@@ -463,6 +482,7 @@ class Sync:
     def _promote(self) -> None:
         self._send(Promote(self._confirmed))
         self._report.export = self._wait_for(Promoted, ANSWER_S).export
+        self._hooks.after(self._source.name, self._peer.endpoint)
 
     def _send(self, message: Message) -> None:
         assert self._link is not None

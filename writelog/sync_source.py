@@ -21,6 +21,7 @@ from tapcore.errors import LogError, ReplicationError, UsageError, WritelogError
 from tapcore.request import OP_NAMES, STATUS_ZERO, WRITE
 from writelog.backlog import chunk_runs
 from writelog.client import LogClient, Taken
+from writelog.sync_control import control_path
 from writelog.sync_pipeline import Portion, split
 
 T = TypeVar("T")
@@ -110,6 +111,12 @@ class Source:
     def reopen(self) -> Source:
         """The same disk and log, served anew. This one must be closed."""
         return Source(self._run_dir, self.name, self._log_name)
+
+    @property
+    def control_path(self) -> Path:
+        """Where the sync of this disk and log listens."""
+        log_name = Path(self._socket).name.removeprefix("log__").removesuffix(".ctl")
+        return control_path(self._run_dir, self.name, log_name)
 
     @property
     def log(self) -> LogClient:

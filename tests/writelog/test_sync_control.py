@@ -1,0 +1,182 @@
+"""A sync that is steered: held, paused, set, switched, cancelled, waited for; and its hooks."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+from sync_rig import SIZE_BYTES, Rig
+
+from tapcore.driver import Env
+from tapcore.errors import ControlError
+from writelog import sync
+from writelog.plan import Limits
+from writelog.sync_command import ask
+from writelog.sync_control import ControlSocket, Wishes, find_sync
+
+WAIT_S = 20.0
+
+
+@pytest.fixture
+def rig(env: Env, tmp_path: Path) -> Iterator[Rig]:
+    image = tmp_path / "disk.img"
+    image.write_bytes(Random(1).randbytes(SIZE_BYTES))
+    rig = Rig(env, image)
+    yield rig
+    rig.close()
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    path = tmp_path / "copy.img"
+    path.write_bytes(bytes(SIZE_BYTES))
+    return path
+
+
+class Steered:
+    """A sync in a process of its own."""
+
+    def __init__(self, rig: Rig, *arguments: str) -> None:
+        self.rig = rig
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "writelog.sync", "--run-dir", str(rig.env.run_dir), "--json", *arguments],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    def ask(self, op: str, **params: Any) -> dict[str, Any]:
+        return ask(find_sync(self.rig.env.run_dir, "vm1"), op, WAIT_S, **params)
+
+    def until(self, state: str) -> dict[str, Any]:
+        """Ask until it is in a state, for a bounded time."""
+        for _ in range(int(WAIT_S / 0.02)):
+            try:
+                status = self.ask("status")
+            except ControlError:
+                assert self.process.poll() is None, self.process.communicate()
+            else:
+                if status["state"] == state:
+                    return status
+            threading.Event().wait(0.02)
+        raise AssertionError(f"it never was {state}")
+
+    def end(self) -> tuple[int, dict[str, Any], str]:
+        out, err = self.process.communicate(timeout=WAIT_S)
+        return self.process.returncode, json.loads(out.splitlines()[-1]), err.decode()
+
+
+def command(rig: Rig, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    code = sync.main([arguments[0], "--run-dir", str(rig.env.run_dir), *arguments[1:]])
+    output = capsys.readouterr()
+    return code, output.out, output.err
+
+
+def test_held_until_it_is_told_to_switch(rig: Rig, copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    held = Steered(rig, "--hold", "vm1", rig.replica(f"aio:{copy}"))
+    assert held.until("in sync")["is_held"]
+    with rig.guest() as guest:
+        guest.write(0, b"later" * 1000)
+    assert rig.info()["state"] == "running"
+    waited: list[dict[str, Any]] = []
+    waiter = threading.Thread(target=lambda: waited.append(held.ask("wait")), daemon=True)
+    waiter.start()
+    code, out, _ = command(rig, capsys, "status", "vm1")
+    assert (code, "in sync" in out, "held until" in out) == (0, True, True)
+    assert command(rig, capsys, "switch", "vm1")[0] == 0
+    code, report, err = held.end()
+    assert (code, report["handed_over"]) == (0, True), err
+    waiter.join(WAIT_S)
+    assert waited[0]["handed_over"]
+    assert copy.read_bytes() == rig.image.read_bytes()
+    code, _, err = command(rig, capsys, "status", "vm1")
+    assert (code, "no sync of disk 'vm1' is running" in err) == (1, True)
+
+
+def test_paused_set_resumed_and_cancelled(rig: Rig, copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    steered = Steered(rig, "--rate", "1M", "vm1", rig.replica(f"aio:{copy}"))
+    steered.until("syncing")
+    assert steered.ask("pause")["is_paused"]
+    steered.until("paused")
+    options = ["--rate", "100M", "--downtime", "1.5", "--throttle-floor", "off"]
+    assert command(rig, capsys, "set", *options, "vm1")[0] == 0
+    status = steered.ask("status")
+    assert (status["rate_cap"], status["downtime"], status["state"]) == (100 << 20, 1.5, "paused")
+    for wrong in ({"rate": "fast"}, {"colour": 1}, {"downtime": float("1e99")}, {"rate": True}):
+        with pytest.raises(ControlError, match="cannot set"):
+            steered.ask("set", **wrong)
+    assert steered.ask("set", rate=1 << 20)["rate_cap"] == 1 << 20
+    steered.ask("resume")
+    steered.until("syncing")
+    steered.ask("cancel")
+    code, report, err = steered.end()
+    assert (code, report["state"]) == (130, "failed")
+    assert "interrupted" in err
+    assert rig.guest_goes_on()
+
+
+def test_started_in_the_background(rig: Rig, copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    endpoint = rig.replica(f"aio:{copy}")
+    code, out, err = command(rig, capsys, "start", "--hold", "vm1", endpoint)
+    assert code == 0, err
+    path = find_sync(rig.env.run_dir, "vm1")
+    waited: list[dict[str, Any]] = []
+    waiter = threading.Thread(target=lambda: waited.append(ask(path, "wait", WAIT_S)), daemon=True)
+    waiter.start()
+    code, _, err = command(rig, capsys, "start", "vm1", endpoint)
+    assert (code, "is running already" in err) == (1, True)
+    ask(path, "switch", WAIT_S)
+    waiter.join(WAIT_S)
+    assert waited[0]["handed_over"]
+    assert copy.read_bytes() == rig.image.read_bytes()
+    os.waitpid(int(out.split()[0]), 0)
+
+
+@pytest.mark.parametrize("result", [0, 3])
+def test_hooks(rig: Rig, copy: Path, tmp_path: Path, result: int) -> None:
+    before, after, log = tmp_path / "before", tmp_path / "after", tmp_path / "log"
+    before.write_text(f'#!/bin/sh\necho before "$1" >> {log}\nexit {result}\n')
+    after.write_text(f'#!/bin/sh\necho after "$WRITELOG_DISK" "$2" >> {log}\nexit 1\n')
+    before.chmod(0o755)
+    after.chmod(0o755)
+    endpoint = rig.replica(f"aio:{copy}")
+    options = ["--before-switch", str(before), "--after-switch", str(after)]
+    code, _, err = Steered(rig, *options, "vm1", endpoint).end()
+    assert code == (1 if result else 0)
+    assert log.read_text() == "before vm1\n" + ("" if result else f"after vm1 {endpoint}\n")
+    if result:
+        assert "the hook before the switch-over ended with 3" in err
+        assert rig.guest_goes_on()
+    else:
+        assert "the hook after the switch-over ended with 1" in err
+
+
+def test_a_moment() -> None:
+    assert sync.moment("2999-01-01T00:00") > sync.moment("23:59") - 1
+    for wrong in ("25:00", "soon", "2001-01-01T00:00"):
+        with pytest.raises(Exception, match=r"time|passed"):
+            sync.moment(wrong)
+
+
+@pytest.mark.parametrize("line", [
+    b"garbage\n", b"[]\n", b"\xff\n", b'{"op": "nosuch"}\n', b'{"op": "status", "x": 1}\n', b'{"op": []}\n',
+])
+def test_garbage_is_refused_and_others_are_served(tmp_path: Path, line: bytes) -> None:
+    control = ControlSocket(tmp_path / "c.ctl", Wishes(Limits()), lambda: {"state": "x"}, lambda: None)
+    answers = []
+    for sent in (line, b'{"op": "status"}\n'):
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(tmp_path / "c.ctl"))
+            client.sendall(sent)
+            control._turned_s = 0.0
+            control.turn()
+            answers.append(json.loads(client.recv(4096)))
+    assert (answers[0]["ok"], answers[1]["ok"]) == (False, True)
+    control.close({})
+    assert not (tmp_path / "c.ctl").exists()

@@ -1,0 +1,124 @@
+"""The commands of `writelog-sync` that start a sync in the background, and steer one that runs."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from tapcore.control import MAX_REPLY_BYTES, Lines, decode_reply
+from tapcore.errors import ControlError
+from tapcore.rundir import default_run_dir
+from tapcore.text import size_text
+from writelog.sync_control import OPS, find_sync, running_syncs
+
+START_S: Final = 30.0
+"""How long a sync may take until its control socket answers."""
+LOOK_S: Final = 0.05
+TIMEOUT_S: Final = 30.0
+
+HELP: Final = {
+    "status": "where it is", "set": "change its limits", "pause": "send no more, until resume", "resume": "go on",
+    "switch": "end a --hold: switch over as soon as the pause fits", "cancel": "end it; the guest goes on",
+    "wait": "wait until it has ended; exit code 0 if the replica has confirmed its copy",
+}
+
+
+def ask(path: Path, op: str, timeout_s: float | None, **params: Any) -> dict[str, Any]:
+    """The result of an op. ControlError if it fails, or the sync is gone."""
+    lines = Lines(MAX_REPLY_BYTES)
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+            client.settimeout(timeout_s)
+            client.connect(str(path))
+            client.sendall(json.dumps({"op": op, **params}).encode() + b"\n")
+            while (line := lines.next_line()) is None:
+                data = client.recv(1 << 16)
+                if not data:
+                    raise ControlError("the sync has gone without an answer", path=str(path))
+                lines.feed(data)
+            return decode_reply(line)
+    except OSError as error:
+        raise ControlError(f"cannot ask the sync: {error.strerror or error}", errno=error.errno,
+                           path=str(path)) from error
+
+
+def parse_arguments(op: str, arguments: Sequence[str], rate: Callable[[str], float],
+                    floor: Callable[[str], float], seconds: Callable[[str], float]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog=f"writelog-sync {op}", description=f"Of a sync that runs: {HELP[op]}.")
+    parser.add_argument("disk", metavar="DISK")
+    parser.add_argument("--run-dir", type=Path, metavar="DIR", help="where the tapdisk's control socket is")
+    parser.add_argument("--log", metavar="NAME", help="the sync of this write log, if the disk has several")
+    parser.add_argument("--json", action="store_true", help="the answer as one JSON object")
+    if op == "set":
+        parser.add_argument("--rate", type=lambda text: 0.0 if text == "off" else rate(text), metavar="RATE",
+                            help="send no faster; 'off': as fast as it goes")
+        parser.add_argument("--downtime", type=seconds, metavar="S")
+        parser.add_argument("--throttle-floor", type=lambda text: floor(text) or -1.0, metavar="RATE")
+    return parser.parse_args(arguments)
+
+
+def steer(op: str, options: argparse.Namespace) -> int:
+    """Carry out one op; the exit code."""
+    path = find_sync(options.run_dir or default_run_dir(), options.disk, options.log)
+    params = {}
+    if op == "set":
+        names = ("rate", "downtime", "throttle_floor")
+        params = {name: value for name in names if (value := getattr(options, name)) is not None}
+    result = ask(path, op, None if op == "wait" else TIMEOUT_S, **params)
+    print(json.dumps(result) if options.json else describe(result))
+    return 0
+
+
+def describe(status: dict[str, Any]) -> str:
+    """A status, or a report, for people."""
+    if "handed_over" in status:
+        outcome = "handed over" if status["handed_over"] else "the replica has a consistent copy"
+        return (f"{status['disk']} -> {status['replica']}: {outcome}, {size_text(status['sent_bytes'])} sent, "
+                f"pause {status['pause_s'] * 1000:.1f} ms")
+    parts = [f"{status['disk']} -> {status['replica']}: {status['state']}"]
+    if status["is_paused"]:
+        parts.append("paused by the operator")
+    parts.append(f"{size_text(status['sent_bytes'])} sent, {size_text(status['remaining_bytes'])} remaining")
+    parts.append(f"the pause would take {status['pause_s']:.2f} s")
+    if status["is_held"]:
+        parts.append("held until `writelog-sync switch`")
+    return ", ".join(parts)
+
+
+def start(arguments: Sequence[str], options: argparse.Namespace) -> int:
+    """Run a sync in the background, with the arguments of one in the foreground; returns when it answers."""
+    run_dir = options.run_dir or default_run_dir()
+    if running := list(running_syncs(run_dir, options.disk, options.log)):
+        raise ControlError(f"a sync of disk {options.disk!r} is running already", errno=errno.EEXIST,
+                           path=str(running[0]), hint=f"writelog-sync status {options.disk} tells where it is")
+    out = run_dir / f"sync:{options.disk}.log"
+    with out.open("ab") as log:
+        process = subprocess.Popen([sys.executable, "-m", "writelog.sync", *arguments, "--json"],
+                                   stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+    deadline_s = time.monotonic() + START_S
+    while time.monotonic() < deadline_s:
+        if process.poll() is not None:
+            lines = out.read_text(errors="replace").splitlines() or [""]
+            if process.returncode == 0:
+                break
+            raise ControlError(lines[-1].removeprefix("writelog-sync: "), path=str(out))
+        try:
+            find_sync(run_dir, options.disk, options.log)
+            break
+        except ControlError:
+            time.sleep(LOOK_S)
+    else:
+        raise ControlError(f"the sync does not answer within {START_S:g} s", path=str(out))
+    print(f"{process.pid}  (its events: {out})")
+    return 0
+
+
+COMMANDS: Final = frozenset(OPS)

@@ -1,0 +1,206 @@
+"""The control socket of a running sync, `sync:DISK:LOG.ctl` in the run directory: JSON lines, as tapdisk's.
+
+    {"op": "status"}   {"ok": true, "result": {"state": "converging", "remaining_bytes": 5242880, …}}
+
+| op     | parameters                       | what it does; its result                                            |
+| ------ | -------------------------------- | ------------------------------------------------------------------- |
+| status |                                  | where the sync is: state, progress, limits                          |
+| set    | rate, downtime, throttle_floor   | changes limits (rate 0: none; throttle_floor 0: half of what is     |
+|        |                                  | sent, below 0: the guest is never slowed down); as status           |
+| pause  |                                  | sends no more, until `resume`; the log goes on; as status           |
+| resume |                                  | as status                                                           |
+| switch |                                  | a held sync switches over as soon as the pause fits; as status      |
+| cancel |                                  | ends the sync; the guest goes on; as status                         |
+| wait   |                                  | is answered when the sync has ended: its report, or its error       |
+
+The sync looks at the socket in between its other work, several times a second.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+from tapcore import unixsocket
+from tapcore.control import Lines, encode_error, encode_result
+from tapcore.errors import ControlError, ProtocolError, WritelogError
+from writelog.plan import Limits
+
+MAX_REQUEST_BYTES: Final = 4096
+MAX_CLIENTS: Final = 16
+TURN_S: Final = 0.05
+SEND_TIMEOUT_S: Final = 0.5
+OPS: Final = ("status", "set", "pause", "resume", "switch", "cancel", "wait")
+SETTINGS: Final = ("rate", "downtime", "throttle_floor")
+
+
+def control_path(run_dir: Path, disk: str, log_name: str) -> Path:
+    """Neither name has a colon."""
+    return run_dir / f"sync:{disk}:{log_name}.ctl"
+
+
+def running_syncs(run_dir: Path, disk: str, log_name: str | None = None) -> list[Path]:
+    """The sockets of the syncs that run for a disk."""
+    return [path for path in run_dir.glob(f"sync:{disk}:{log_name or '*'}.ctl") if unixsocket.is_alive(path)]
+
+
+def find_sync(run_dir: Path, disk: str, log_name: str | None = None) -> Path:
+    """The socket of the sync that runs for a disk. ControlError if there is none, or more than one."""
+    found = running_syncs(run_dir, disk, log_name)
+    if not found:
+        raise ControlError(f"no sync of disk {disk!r} is running here", errno=errno.ENOENT,
+                           hint="writelog-sync start DISK tcp://HOST:PORT starts one")
+    if len(found) > 1:
+        names = ", ".join(sorted(path.name.split(":")[2].removesuffix(".ctl") for path in found))
+        raise ControlError(f"{len(found)} syncs of disk {disk!r} are running", errno=errno.EEXIST,
+                           hint=f"choose one by its log, with --log: {names}")
+    return found[0]
+
+
+@dataclass
+class Wishes:
+    """What the operator wants now."""
+
+    limits: Limits
+    is_held: bool = False
+    """Stay in sync, and do not switch over."""
+    switch_at_s: float | None = None
+    """When that ends by itself (time.time())."""
+    is_paused: bool = False
+    is_cancelled: bool = False
+
+    @property
+    def may_switch(self) -> bool:
+        if self.is_held and self.switch_at_s is not None and time.time() >= self.switch_at_s:
+            self.is_held = False
+        return not self.is_held
+
+    def set(self, settings: dict[str, Any]) -> None:
+        """ControlError if one of them makes no sense."""
+        for name, value in settings.items():
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if name not in SETTINGS or not is_number or not -1 <= value <= 1e15:
+                raise ControlError(f"cannot set {name!r:.80} to {value!r:.80}", errno=errno.EINVAL,
+                                   hint=f"known: {', '.join(SETTINGS)}; each is a number")
+        limits = self.limits
+        if "rate" in settings:
+            limits = replace(limits, rate=float(settings["rate"]) if settings["rate"] > 0 else None)
+        if "downtime" in settings:
+            limits = replace(limits, downtime_s=max(float(settings["downtime"]), 0.0))
+        if "throttle_floor" in settings:
+            floor = float(settings["throttle_floor"])
+            limits = replace(limits, may_throttle=floor >= 0, throttle_floor=floor if floor > 0 else None)
+        self.limits = limits
+
+
+class ControlSocket:
+    """Listens until `close`. `status` gives what the op of that name answers, `changed` is called after the wishes
+    changed. To be given a `turn` often."""
+
+    def __init__(self, path: Path, wishes: Wishes, status: Callable[[], dict[str, Any]],
+                 changed: Callable[[], None]) -> None:
+        """ControlError if it cannot listen."""
+        self._path = path
+        self._wishes = wishes
+        self._status = status
+        self._changed = changed
+        self._listener = unixsocket.listen(path)
+        self._clients: dict[socket.socket, Lines] = {}
+        self._waiting: set[socket.socket] = set()
+        self._turned_s = 0.0
+
+    def turn(self) -> None:
+        """Serve whoever asks, if it is time."""
+        now_s = time.monotonic()
+        if now_s - self._turned_s < TURN_S:
+            return
+        self._turned_s = now_s
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                client, _ = self._listener.accept()
+                if len(self._clients) >= MAX_CLIENTS or not unixsocket.peer_allowed(client)[0]:
+                    client.close()
+                    continue
+                client.setblocking(False)
+                self._clients[client] = Lines(MAX_REQUEST_BYTES)
+        for client in list(self._clients):
+            self._serve(client)
+
+    def close(self, report: dict[str, Any] | WritelogError) -> None:
+        """Tell those who wait how it ended, and stop."""
+        for client in list(self._clients):
+            if client in self._waiting:
+                self._answer(client, encode_error(report) if isinstance(report, WritelogError)
+                             else encode_result(report))
+            client.close()
+        self._listener.close()
+        self._path.unlink(missing_ok=True)
+
+    def _serve(self, client: socket.socket) -> None:
+        lines = self._clients[client]
+        try:
+            data = client.recv(MAX_REQUEST_BYTES)
+            if not data:
+                self._drop(client)
+                return
+            lines.feed(data)
+            while (line := lines.next_line()) is not None:
+                answer = self._handle(client, line)
+                if answer is not None:
+                    self._answer(client, answer)
+        except BlockingIOError:
+            return
+        except (OSError, ProtocolError):
+            self._drop(client)
+
+    def _handle(self, client: socket.socket, line: bytes) -> bytes | None:
+        try:
+            request = json.loads(line)
+            op = request.pop("op", None) if isinstance(request, dict) else None
+        except ValueError:
+            op, request = None, {}
+        try:
+            if op not in OPS or (request and op != "set"):
+                raise ControlError("a sync does not know such a request", errno=errno.EINVAL,
+                                   hint=f"known: {', '.join(OPS)}")
+            return self._carry_out(client, op, request)
+        except ControlError as error:
+            return encode_error(error)
+
+    def _carry_out(self, client: socket.socket, op: str, settings: dict[str, Any]) -> bytes | None:
+        wishes = self._wishes
+        if op == "wait":
+            self._waiting.add(client)
+            return None
+        if op == "set":
+            wishes.set(settings)
+        elif op in ("pause", "resume"):
+            wishes.is_paused = op == "pause"
+        elif op == "switch":
+            wishes.is_held = False
+        elif op == "cancel":
+            wishes.is_cancelled = True
+        if op != "status":
+            self._changed()
+        return encode_result(self._status())
+
+    def _answer(self, client: socket.socket, line: bytes) -> None:
+        """Answers are short: a client that does not take one at once is not waited for."""
+        try:
+            client.settimeout(SEND_TIMEOUT_S)
+            client.sendall(line)
+            client.setblocking(False)
+        except OSError:
+            self._drop(client)
+
+    def _drop(self, client: socket.socket) -> None:
+        self._waiting.discard(client)
+        self._clients.pop(client, None)
+        client.close()

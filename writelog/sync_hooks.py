@@ -1,0 +1,45 @@
+"""What an operator has run before and after a switch-over."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+from dataclasses import dataclass
+from typing import Final
+
+from tapcore.errors import ReplicationError
+
+logger = logging.getLogger(__name__)
+
+TIMEOUT_S: Final = 60.0
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """Executables, each called with the disk's name and the replica's address. One that fails before the switch
+    stops the sync; one that fails after it is told, and changes nothing."""
+
+    before_switch: str | None = None
+    after_switch: str | None = None
+
+    def before(self, disk: str, replica: str) -> None:
+        if self.before_switch is not None and (failure := _run(self.before_switch, disk, replica)):
+            raise ReplicationError(f"the hook before the switch-over {failure}", path=self.before_switch,
+                                   hint="the disk runs on here")
+
+    def after(self, disk: str, replica: str) -> None:
+        if self.after_switch is not None and (failure := _run(self.after_switch, disk, replica)):
+            logger.error("%s: the hook after the switch-over %s", self.after_switch, failure)
+
+
+def _run(hook: str, disk: str, replica: str) -> str | None:
+    """What went wrong, if anything did."""
+    try:
+        code = subprocess.run([hook, disk, replica], stdin=subprocess.DEVNULL, timeout=TIMEOUT_S, check=False,
+                              env=os.environ | {"WRITELOG_DISK": disk, "WRITELOG_REPLICA": replica}).returncode
+    except OSError as error:
+        return f"cannot be run: {error.strerror}"
+    except subprocess.TimeoutExpired:
+        return f"did not end within {TIMEOUT_S:g} s"
+    return f"ended with {code}" if code else None
