@@ -226,6 +226,9 @@ def _open_level(
         for driver in family:
             _close_quietly(driver)
         raise
+    if len(family) > 2:
+        for driver in family:
+            driver.share_memory(len(family))
     opened.extend(reversed(family))
     return top
 

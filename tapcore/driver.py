@@ -138,6 +138,9 @@ class Driver:
         """Figures for people, by name."""
         return {}
 
+    def share_memory(self, images: int) -> None:
+        """It is one of so many images below each other: use that much less memory for caches. Follows `open`."""
+
     def fileno(self) -> int | None:
         """The descriptor of the image's file, which has its locks; None where there is no file."""
         return None

@@ -22,6 +22,7 @@ from tapcore.driver import Driver
 from tapcore.errors import ImageError
 from tapcore.formats.extents import DATA, HOLE, PACKED, ZERO, Mapping, TableMiss
 from tapcore.formats.imagefile import ImageFile, fill_zeroes
+from tapcore.formats.tables import Tables
 from tapcore.request import (
     BACKGROUND,
     IS_ZERO,
@@ -102,6 +103,11 @@ class ImageDriver(Driver):
         self.file.close()
         if self.data is not self.file:
             self.data.close()
+
+    def share_memory(self, images: int) -> None:
+        tables = getattr(self.mapping, "tables", None)
+        if isinstance(tables, Tables):
+            tables.share(images)
 
     def fileno(self) -> int:
         return self.file.fd

@@ -23,6 +23,9 @@ SECTOR_BYTES: Final = 512
 MIN_RESERVE: Final = 2
 """Even a small request may lie on the border between two tables."""
 
+MIN_SHARED: Final = 16
+"""Tables that each image of a long chain may keep."""
+
 Sectors = dict[int, set[int]]
 """Numbers of a table's sectors, by table."""
 
@@ -39,6 +42,12 @@ class Tables(OrderedDict[int, T]):
         """Changed sectors."""
         self.pins: Counter[int] = Counter()
         """Tables that changes under way, or a commit, need."""
+
+    def share(self, images: int) -> None:
+        """These are the tables of one of so many images of a disk: keep so many fewer that the images of a long
+        chain together keep about what two images would."""
+        self.capacity = max(min(self.capacity, MIN_SHARED), 2 * self.capacity // images)
+        self.reserve = max(MIN_RESERVE, self.capacity // 4)
 
     def use(self, index: int) -> T | None:
         """The table if it is cached."""

@@ -230,6 +230,19 @@ def test_an_image_that_leads_back_to_itself_is_found_however_it_is_named(
         open_chain(env, f"qcow2:{tmp_path}/a.qcow2")
 
 
+def test_the_images_of_a_long_chain_share_their_memory(env: Env, tmp_path: Path) -> None:
+    for number in range(20):
+        create(str(tmp_path / str(number)), 1 << 30, backing=str(number - 1) if number else None,
+               backing_format="qcow2" if number else None)
+    single = open_chain(env, f"qcow2:{tmp_path}/0")
+    alone = single.leaf.mapping.tables.capacity  # type: ignore[attr-defined]
+    single.close()
+    for top, capacity in ((1, alone), (3, alone // 2), (19, alone // 10)):
+        chain = open_chain(env, f"qcow2:{tmp_path}/{top}")
+        assert {driver.mapping.tables.capacity for driver in chain.drivers} == {capacity}  # type: ignore[attr-defined]
+        chain.close()
+
+
 def test_filters_stay_while_what_they_stand_on_is_exchanged(env: Env) -> None:
     chain = open_chain(env, "test-layer:a|test-layer:b|test-image:c>d")
     a, b, c, d = chain.drivers
