@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Final
 
 from tapcore.driver import ParentId
-from tapcore.errors import ImageError, image_error
+from tapcore.errors import ImageError, UsageError, image_error
 
 FORMATS: Final = {"raw": "aio", "file": "aio", "host_device": "aio", "qcow": "qcow", "qcow2": "qcow2",
                   "vpc": "vhd", "vmdk": "vmdk"}
 """QEMU's names of formats, and the drivers here."""
+_SYNCHRONOUS: Final = {"sync": "aio", "vhdsync": "vhd"}
 _QCOW: Final = b"QFI\xfb"
 _VHD: Final = b"conectix"
 _VMDK: Final = b"KDMV"
@@ -40,6 +41,16 @@ class Guess:
     leads_on: bool = False
     hint: str | None = None
     """What else it may be."""
+
+
+def format_name(driver: str) -> str:
+    """QEMU's name of what the driver reads. UsageError if a backing file cannot be that."""
+    known = {kind: name for name, kind in reversed(FORMATS.items())}
+    name = known.get(_SYNCHRONOUS.get(driver, driver))
+    if name is None:
+        raise UsageError(f"a backing file cannot be what the driver {driver!r} reads",
+                         hint=f"it can be what these do: {', '.join(known)}")
+    return name
 
 
 def parent_of(path: str, backing_file: str, backing_format: str | None) -> ParentId:

@@ -13,7 +13,7 @@ from typing import Final
 from tapcore.driver import OpenFlag
 from tapcore.errors import ImageError, UsageError, image_error
 from tapcore.formats.imagefile import ImageFile
-from tapcore.formats.probe import FORMATS
+from tapcore.formats.probe import format_name
 from tapcore.formats.qcow.layout import (
     BACKING_AT,
     BACKING_FIELDS,
@@ -63,13 +63,10 @@ def name_of(backing: Backing | None) -> bytes:
     """The backing file's name, and its format, as they are written. UsageError."""
     if backing is None:
         return b""
-    names = {driver: name for name, driver in reversed(FORMATS.items())}
-    if backing.driver not in names:
-        raise UsageError(f"a qcow image cannot have a backing file that the driver {backing.driver} reads")
     name = os.fsencode(backing.path)
     if not 0 < len(name) <= MAX_BACKING_NAME_BYTES or b"\0" in name:
         raise UsageError(f"the backing file's name is empty, too long, or has a NUL byte: {len(name)} bytes")
-    return name + BACKING_FORMAT.pack(magic=BACKING_FORMAT_MAGIC, format=names[backing.driver].encode())
+    return name + BACKING_FORMAT.pack(magic=BACKING_FORMAT_MAGIC, format=format_name(backing.driver).encode())
 
 
 def set_backing(path: str, backing: Backing | None) -> None:

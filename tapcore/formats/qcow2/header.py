@@ -23,7 +23,7 @@ from typing import Final
 from tapcore.driver import OpenFlag
 from tapcore.errors import ImageError, UsageError
 from tapcore.formats.imagefile import ImageFile
-from tapcore.formats.probe import FORMATS
+from tapcore.formats.probe import format_name
 from tapcore.formats.qcow2.layout import (
     AUTOCLEAR_BITMAPS,
     CORRUPT,
@@ -88,8 +88,9 @@ def set_backing(path: str, backing: Backing | None) -> None:
         if header.version >= 3:
             start = HEADER_V3.unpack(cluster, HEADER_V2.size)["header_length"]
         found, end = list_extensions(cluster, start, HEADER_V2.unpack(cluster)["backing_file_offset"])
-        names = {driver: name for name, driver in reversed(FORMATS.items())}
-        name, text = (os.fsencode(backing.path), names[backing.driver].encode()) if backing else (b"", b"")
+        name, text = b"", b""
+        if backing:
+            name, text = os.fsencode(backing.path), format_name(backing.driver).encode()
         if not 0 < len(name) <= MAX_BACKING_NAME_BYTES and backing:
             raise UsageError(f"the backing file's name is empty or too long: {len(name)} bytes")
         new = _pack_extensions(_with_format(found, text))

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from tapcore.driver import OpenFlag
 from tapcore.errors import UsageError
 from tapcore.formats.imagefile import ImageFile
-from tapcore.formats.probe import FORMATS
+from tapcore.formats.probe import format_name
 from tapcore.formats.qcow2.check import check
 from tapcore.formats.qcow2.create import create
 from tapcore.formats.qcow2.header import set_backing
@@ -44,10 +44,10 @@ class Qcow2Tools(ImageTools):
         options = options or {}
         switches = {name: _switch(name, options.get(name, "off"))
                     for name in ("lazy_refcounts", "extended_l2", "data_file_raw")}
-        names = {driver: name for name, driver in reversed(FORMATS.items())}
         create(
             path, size_bytes,
-            backing=backing.path if backing else None, backing_format=names[backing.driver] if backing else None,
+            backing=backing.path if backing else None,
+            backing_format=format_name(backing.driver) if backing else None,
             version=whole("version", options.get("version", "3")), cluster_bits=_cluster_bits(options),
             refcount_bits=whole("refcount_bits", options.get("refcount_bits", "16")),
             compression=options.get("compression", "zlib"), data_file=options.get("data_file"), **switches)

@@ -150,6 +150,8 @@ def test_what_cannot_be_a_backing_is_refused(tmp_path: Path) -> None:
     for name in ("", "x" * 1024, "x" * 500):
         with pytest.raises(UsageError):
             set_backing(str(path), Backing(name, "aio"))
+    with pytest.raises(UsageError, match="'ram'"):
+        set_backing(str(path), Backing("x", "ram"))
     assert path.read_bytes() == before
     data = bytearray(before)
     data[72:80] = FEATURES.pack(bits=2)
