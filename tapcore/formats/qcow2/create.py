@@ -70,6 +70,8 @@ def create(
                          "no refcounts but of 16 bits, and zlib alone")
     if extended_l2 and cluster_bits < MIN_SUBCLUSTERS_BITS:
         raise UsageError(f"extended L2 entries need clusters of {1 << MIN_SUBCLUSTERS_BITS} bytes or more")
+    if data_file == "":
+        raise UsageError("data_file is no path")
     if data_file_raw and (data_file is None or backing is not None):
         raise UsageError("data_file_raw goes with a data_file, and not with a backing file")
     cluster_bytes = 1 << cluster_bits

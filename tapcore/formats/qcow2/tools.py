@@ -74,12 +74,13 @@ class Qcow2Tools(ImageTools):
             header = load_header(file)
         finally:
             file.close()
+        data = {} if header.data_file is None else {
+            "data_file": header.data_file, "data_file_raw": header.data_is_raw}
         return {
             "version": header.version, "cluster_bytes": header.cluster_bytes,
             "refcount_bits": 1 << header.refcount_order, "compression": COMPRESSIONS[header.compression_type],
             "lazy_refcounts": bool(header.compatible_features & LAZY_REFCOUNTS),
-            "extended_l2": header.has_subclusters, "data_file": header.data_file,
-            "data_file_raw": header.data_is_raw, "snapshots": header.nb_snapshots,
+            "extended_l2": header.has_subclusters, "snapshots": header.nb_snapshots, **data,
         }
 
     @classmethod

@@ -171,7 +171,7 @@ def test_create_makes_both_files_or_none(tmp_path: Path) -> None:
     path, data = tmp_path / "a.qcow2", tmp_path / "a.data"
     for options in ({"data_file_raw": True}, {"data_file": "a.data", "version": 2},
                     {"data_file": "a.data", "data_file_raw": True, "backing": "x", "backing_format": "raw"},
-                    {"data_file": "x" * 2000}):
+                    {"data_file": "x" * 2000}, {"data_file": ""}):
         with pytest.raises(UsageError):
             create(str(path), SIZE, **options)
     assert list(tmp_path.iterdir()) == []
