@@ -92,3 +92,15 @@ def test_named_modules_exist() -> None:
     text = (ROOT / "ARCHITECTURE.md").read_text()
     for name in re.findall(r"`((?:tapcore|writelog|tests|tools)/[\w/.*]+)`", text):
         assert list(ROOT.glob(name)), f"ARCHITECTURE.md names {name}"
+
+
+def test_each_claim_of_reliability_names_a_test_that_there_is() -> None:
+    rows = [line.split("|") for line in (ROOT / "docs" / "reliability.md").read_text().splitlines()
+            if line.startswith("| ")]
+    claims = [(row[1].strip(), row[2]) for row in rows if row[1].strip() not in ("claim", "---")]
+    assert claims
+    for claim, text in claims:
+        names = re.findall(r"`(tests/[^`]+)::(\w+)`", text)
+        assert names, claim
+        for path, name in names:
+            assert re.search(rf"^(def |class )?{name}\b", (ROOT / path).read_text(), re.MULTILINE), (path, name)
