@@ -130,8 +130,9 @@ class ImageTools:
 
     @classmethod
     def _cannot(cls, path: str, what: str) -> ImageError:
-        return ImageError(f"there is no way here to {what} an image of the format {cls.name}", path=path,
-                          errno=errno.EOPNOTSUPP, hint="td-img convert makes an image of another format")
+        return ImageError(f"there is no way here to {what} an image of the format {format_name(cls.name)}",
+                          path=path, errno=errno.EOPNOTSUPP,
+                          hint="td-img convert makes an image of another format")
 
 
 def find_tools(name: str) -> type[ImageTools]:
