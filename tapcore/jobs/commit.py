@@ -33,9 +33,9 @@ from tapcore.errors import ControlError, WritelogError
 from tapcore.formats.reader import ImageDriver
 from tapcore.formats.tools import Backing, find_tools
 from tapcore.imagelock import claim_image, unclaim_image
-from tapcore.jobs.copying import COPY, SKIP, ZERO, CopyJob, Plan
+from tapcore.jobs.copying import COPY, SKIP, ZERO, CopyJob, Plan, refuse_internal_snapshots
 from tapcore.jobs.gate import Gate
-from tapcore.jobs.snapshot import SAME_FORMAT, backing_for
+from tapcore.jobs.snapshot import SAME_FORMAT, backing_for, give_access_of
 from tapcore.jobs.steps import Steps, asking, asking_own_status, in_worker
 from tapcore.jobs.switch import Switch
 from tapcore.request import BACKGROUND, FLUSH, STATUS, STATUS_HOLE, STATUS_ZERO, Request
@@ -60,6 +60,8 @@ class Commit(CopyJob):
         parent_id = top.get_parent_id()
         assert parent_id is not None and top.path is not None
         self.source = top
+        path = top.path
+        yield in_worker(self.env, lambda: refuse_internal_snapshots(top, path))
         yield in_worker(self.env, lambda: setattr(self, "target", open_image(self.env, parent_id)))
         yield from self._take_over(top)
         empty = Path(f"{os.path.realpath(top.path)}.empty")
@@ -177,9 +179,7 @@ class Commit(CopyJob):
             name = Backing(str(Path(self.target.path or "").absolute()), name.driver)
         tools = find_tools(SAME_FORMAT.get(top.name, top.name))
         tools.create(str(empty), top.info.size_bytes, backing=name)
-        status = Path(top.path).stat()
-        os.chown(empty, status.st_uid, status.st_gid)
-        empty.chmod(status.st_mode & 0o7777)
+        give_access_of(top.path, str(empty))
 
     def _give_back(self, top: ImageDriver) -> Steps[None]:
         """After a failure: the top over its parent, read-only, as it was."""

@@ -19,8 +19,10 @@ from tapcore.bucket import Bucket
 from tapcore.disk import Disk
 from tapcore.driver import Driver, Env
 from tapcore.errors import ControlError, WritelogError
+from tapcore.formats.tools import find_tools
 from tapcore.jobs.gate import BLOCK_BYTES, Gate, Lock
 from tapcore.jobs.job import Job, Settle
+from tapcore.jobs.snapshot import SAME_FORMAT
 from tapcore.jobs.steps import Done, Steps, asking, drive
 from tapcore.request import BACKGROUND, IS_ZERO, READ, WRITE, ZEROES, Request
 
@@ -181,6 +183,13 @@ class CopyJob(Job):
             yield asking(self.target, Request(ZEROES, offset, length, flags=BACKGROUND))
         else:
             yield asking(self.target, Request(WRITE, offset, length, [data], BACKGROUND))
+
+
+def refuse_internal_snapshots(top: Driver, path: str) -> None:
+    """ControlError if the image at `path` has snapshots within: they would be lost, or miss their backing."""
+    if find_tools(SAME_FORMAT.get(top.name, top.name)).describe(path).get("snapshots"):
+        raise ControlError("has internal snapshots, which would be damaged", errno=errno.EINVAL, path=path,
+                           hint="delete them first when the disk is closed: td-img snapshot")
 
 
 def _whole_blocks(offset: int, plan: Plan, size_bytes: int) -> Iterable[tuple[int, int]]:

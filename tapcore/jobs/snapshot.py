@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -49,7 +51,7 @@ class Snapshot(Job):
 
     def steps(self) -> Steps[None]:
         former = self.chain.leaf
-        self._former_info = former.info
+        self._former_info, self._former_path = former.info, former.path
         self._overlay = Level(self._tools.name, self._path)
         backing = backing_for(self._path, former)
         self.phase = "making the overlay"
@@ -75,6 +77,7 @@ class Snapshot(Job):
     def _make(self, backing: Backing) -> None:
         self._tools.create(self._path, self._former_info.size_bytes, backing=backing, options=self._options)
         try:
+            give_access_of(self._former_path, self._path)
             sync_folder(Path(self._path).parent)
             close_image(self._open(OpenFlag.RDONLY | OpenFlag.QUERY))
         except BaseException:
@@ -103,6 +106,17 @@ class Snapshot(Job):
     def _remove(self) -> None:
         with contextlib.suppress(OSError):
             Path(self._path).unlink()
+
+
+def give_access_of(image: str | None, path: str) -> None:
+    """Let the new image at `path` be accessible to who can access `image`, as far as this process may do that."""
+    status = Path(image).stat() if image is not None else None
+    if status is None or not stat.S_ISREG(status.st_mode):
+        Path(path).chmod(0o600)
+        return
+    Path(path).chmod(status.st_mode & 0o777)
+    with contextlib.suppress(PermissionError):
+        os.chown(path, status.st_uid, status.st_gid)
 
 
 def open_again(job: Job, switch: Switch, image: Level, failure: Exception) -> Steps[None]:

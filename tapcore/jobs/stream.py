@@ -20,7 +20,7 @@ from tapcore.disk import Disk
 from tapcore.driver import Driver, Env
 from tapcore.errors import ControlError, WritelogError
 from tapcore.formats.tools import find_tools
-from tapcore.jobs.copying import COPY, SKIP, ZERO, CopyJob, Plan
+from tapcore.jobs.copying import COPY, SKIP, ZERO, CopyJob, Plan, refuse_internal_snapshots
 from tapcore.jobs.gate import Gate
 from tapcore.jobs.job import Settle
 from tapcore.jobs.snapshot import SAME_FORMAT, backing_for, open_again
@@ -47,6 +47,7 @@ class Stream(CopyJob):
         backing = None if self.base is None else backing_for(str(Path(top.path).absolute()), self.base)
         path, image = top.path, Level(top.name, top.params)
         self.source = self.target = top
+        yield in_worker(self.env, lambda: refuse_internal_snapshots(top, path))
         switch = Switch(self)
         yield switch.begin
         self.gate = Gate(self.env, top)

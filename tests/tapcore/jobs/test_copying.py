@@ -226,6 +226,16 @@ def test_what_cannot_be_is_told_at_once(
     rig.close()
 
 
+@pytest.mark.parametrize("op", ["commit", "stream"])
+def test_internal_snapshots_are_not_damaged(env: Env, tmp_path: Path, op: str) -> None:
+    paths, disk = make_chain(env, tmp_path, ["qcow2", "qcow2"], SIZE)
+    subprocess.run(["qemu-img", "snapshot", "-c", "one", str(paths[1])], check=True, timeout=30)
+    rig = Rig(env, f"qcow2:{paths[1]}")
+    assert "1.qcow2: has internal snapshots, which would be damaged" in rig.run(op)["error"]
+    check_disk(rig.uri, disk)
+    rig.close()
+
+
 def test_sizes_that_differ(env: Env, tmp_path: Path) -> None:
     find_tools("qcow2").create(str(tmp_path / "small.qcow2"), SIZE // 2)
     find_tools("qcow2").create(str(tmp_path / "top.qcow2"), SIZE, backing=Backing("small.qcow2", "qcow2"))

@@ -41,11 +41,12 @@ def test_a_disk_goes_on_above_a_new_image(env: Env, serve: Serve, tmp_path: Path
     tapdisk = serve(f"{base}:{bottom}", "--name", "vm")
     guest = LiveWriter(tapdisk.uri, disk)
     top = tmp_path / "top.img"
+    bottom.chmod(0o640)
     with find_disk(tapdisk.run_dir, "vm") as control:
         guest.wait(50)
         result = control.call("snapshot", disk="vm", path=str(top), format=overlay)
         assert result["chain"] == f"{overlay}:{top}" == control.call("info", disk="vm")["chain"]
-        assert 0 < result["pause_ms"] < 60_000
+        assert 0 < result["pause_ms"] < 60_000 and top.stat().st_mode & 0o777 == 0o640
         guest.wait(50)
     disk = guest.stop()
     tapdisk.stop()
