@@ -58,13 +58,14 @@ def test_nothing_in_an_image_does_worse_than_an_error(
     endure(env, template(kind), data.draw(changes(template(kind))), action)
 
 
-@pytest.mark.parametrize("kind", ["plain", "with_snapshots"])
-def test_every_byte_of_a_header(env: Env, kind: str) -> None:
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_flips_of_every_byte_of_a_header_and_of_its_tables(env: Env, kind: str) -> None:
     actions = sorted(ACTIONS)
-    for at in range(112):
-        for flip in (0x80, 0xFF) if at % 4 else (1,):
-            byte = template(kind).data[at] ^ flip
-            endure(env, template(kind), [("byte", at, byte)], actions[at % len(actions)])
+    image = template(kind)
+    tables = [start + at for start in dict.fromkeys(image.offsets) for at in range(8)]
+    for number, at in enumerate(at for at in (*range(112), *tables) if at < len(image.data)):
+        flip = (0xFF, 0x80, 1)[number % 3]
+        endure(env, image, [("byte", at, image.data[at] ^ flip)], actions[number % len(actions)])
 
 
 def pointing(kind: str, entry: str, target: str) -> list[Change]:
@@ -108,3 +109,8 @@ FINDS: list[tuple[str, str, list[Change]]] = [
 @pytest.mark.parametrize(("kind", "action", "wrong"), FINDS)
 def test_what_was_found(env: Env, kind: str, action: str, wrong: list[Change]) -> None:
     endure(env, template(kind), wrong, action)
+
+
+def test_a_snapshot_whose_table_is_where_no_file_reaches(env: Env) -> None:
+    (_, at, _), = pointing("with_snapshots", "snapshot's L1", "header")
+    endure(env, template("with_snapshots"), [("set", at, 1 << 63)], "apply")

@@ -92,13 +92,13 @@ def apply_snapshot(path: str, which: str) -> None:
         number = _find(walk.snapshots, which)
         entry = walk.snapshots[number]
         size_bytes = header.size if entry.disk_size is None else entry.disk_size
-        l1 = walk.load_table(entry.l1_table_offset, entry.l1_size, "the snapshot's L1 table")
         needed = header.l1_size_needed(size_bytes)
         if size_bytes % 512 or 8 * needed > MAX_L1_BYTES:
             raise ImageError(f"snapshot {which!r}: its disk_size {size_bytes} is absurd", errno=errno.EINVAL,
                              path=path)
         walk.run(active=0, snapshots={number: 2}, bitmaps=0)
         rewrite = begin(walk)
+        l1 = walk.load_table(entry.l1_table_offset, entry.l1_size, "the snapshot's L1 table")
         rewrite.l1 = l1 + array("Q", bytes(8 * max(0, needed - len(l1))))
         rewrite.fields |= {"size": size_bytes, "autoclear_features": 0}
         rewrite.run()
