@@ -48,7 +48,7 @@ def write(image: str, why: str) -> None:
         replace_file(path, f"{line}\n".encode()[:MAX_BYTES])
     except OSError as error:
         failure = image_error(error, str(path), "record the hand-over")
-        failure.hint = "the folder must be one that tapdisk may write to"
+        failure.hint = f"tapdisk has to be able to write to {path.parent}"
         with contextlib.suppress(OSError):
             remove_file(path)
             raise failure from error

@@ -38,7 +38,7 @@ DEFAULT_HOT: Final = 1200
 MIN_HOT: Final = 16
 SPARE_SHARE: Final = 8
 """One of so many hot extents is kept free for the next step."""
-MAX_CLEARED_SECTORS: Final = 512
+MAX_CLEARED_SECTORS: Final = 128
 """Sectors with nothing but cleared bits in one step."""
 
 Resume = Callable[[int], None]
@@ -220,7 +220,8 @@ class Activity:
         return range(low // SECTOR_BITS, (min(high, self._map.blocks) - 1) // SECTOR_BITS + 1)
 
     def _bits(self, number: int) -> bytes:
-        bits = bytearray(SECTOR_BITS // 8)
-        first, stop = number * SECTOR_BITS, min((number + 1) * SECTOR_BITS, self._map.blocks)
-        self._map.copy_bits(first, stop, memoryview(bits))
-        return bytes(bits)
+        first = number * SECTOR_BITS // 8
+        dirty, taken = (bitmap.memory[first : first + SECTOR_BITS // 8]
+                        for bitmap in (self._map.dirty, self._map.taken))
+        seen = int.from_bytes(dirty, "little") | int.from_bytes(taken, "little")
+        return seen.to_bytes(len(dirty), "little")

@@ -129,18 +129,15 @@ def sector_count(blocks: int) -> int:
 
 def encode_sector(number: int, epoch: int, bits: bytes) -> bytes:
     """`bits` are at most 496 bytes; what is missing is zero."""
-    data = SECTOR.pack(checksum=0, epoch=epoch, bits=bits)
-    checksum = xxhash.xxh3_64_intdigest(data[_CHECKSUM_BYTES:], number)
-    return checksum.to_bytes(_CHECKSUM_BYTES, "little") + data[_CHECKSUM_BYTES:]
+    rest = SECTOR.struct.pack(0, epoch, bits)[_CHECKSUM_BYTES:]
+    return xxhash.xxh3_64_intdigest(rest, number).to_bytes(_CHECKSUM_BYTES, "little") + rest
 
 
 def decode_sector(number: int, data: bytes, record: Record) -> bytes | None:
     """The 496 bytes of bits of a sector; None if all its blocks count as dirty."""
-    fields = SECTOR.unpack(data)
-    if fields["epoch"] == record.epoch and fields["checksum"] == xxhash.xxh3_64_intdigest(
-            data[_CHECKSUM_BYTES:], number):
-        bits: bytes = fields["bits"]
-        return bits
+    checksum, epoch, bits = SECTOR.struct.unpack(data)
+    if epoch == record.epoch and checksum == xxhash.xxh3_64_intdigest(data[_CHECKSUM_BYTES:], number):
+        return bytes(bits)
     if record.flags & Flag.EMPTY and not any(data):
         return bytes(SECTOR_BITS // 8)
     return None
