@@ -86,7 +86,7 @@ def chain_of(path: Path, name: str) -> str:
     return f"{find_tools(name).name}:{path}"
 
 
-@pytest.mark.parametrize(("source", "target"), permutations(FORMATS, 2))
+@pytest.mark.parametrize(("source", "target"), list(permutations(FORMATS, 2)))
 def test_replicated_from_each_to_each_other(
     serve: Callable[..., Tapdisk], tmp_path: Path, source: str, target: str
 ) -> None:
