@@ -12,7 +12,8 @@ once. After a crash the hot extents are dirty, and for the rest the sectors are 
   looked at for that, writes to it wait again.
 - A bit is cleared in memory when a client has confirmed its block, and in the side-car some seconds later: until
   then a crash has the block sent once more. A cleared bit that is written early can hide no write: its extent is
-  hot in a durable record before anything is written to it.
+  hot in a durable record before anything is written to it. But the disk is flushed first: else a crash could take
+  back what the copy has, and nobody would know.
 - A request of very many extents does not go through the record: its bits are set, in memory and in the side-car,
   before it goes down, and no client can take them while it is under way.
 
@@ -63,6 +64,8 @@ class Step:
     victims: dict[int, int] = field(default_factory=dict)
     """The extents that leave, and when they were last written to."""
     resumes: list[Resume] = field(default_factory=list)
+    needs_flush: bool = False
+    """The level below has to be flushed first: the step says of blocks that were written that a copy has them."""
 
 
 class Activity:
@@ -150,6 +153,7 @@ class Activity:
         if not (numbers or new or resumes):
             return None
         record = change[0] if change else self._record if new or victims else None
+        needs_flush = change is not None or any(self._cleared[number] for number in numbers)
         for number in numbers:
             self._cleared[number] = 0
         for extent in victims:
@@ -157,7 +161,7 @@ class Activity:
         if record is not None:
             record = replace(record, sequence=self._record.sequence + 1, hot=(*self.hot, *victims, *new))
         sectors = [(number, self._bits(number)) for number in sorted(numbers)]
-        self.step = Step(record, sectors, new, victims, resumes)
+        self.step = Step(record, sectors, new, victims, resumes, needs_flush)
         return self.step
 
     def ended(self, code: int) -> None:
@@ -180,9 +184,10 @@ class Activity:
             resume(code)
 
     def last_steps(self) -> Iterator[Step]:
-        """The steps of a clean end, each to be carried out before the next one is asked for: all bits, then a
-        record that says so. Nothing may be written meanwhile, nor come after them."""
-        assert self.step is None and not self.is_asked
+        """The steps of a clean end of a disk that was flushed, each to be carried out before the next one is asked
+        for: all bits, then a record that says so. Nothing may be written meanwhile, nor come after them; a change
+        of ids that nobody was told of is dropped."""
+        assert self.step is None and not self._waiting and not self._wide
         numbers = set(self._cleared.search(1))
         numbers.update(number for extent in self.hot for number in self._sectors(extent, extent))
         if numbers:

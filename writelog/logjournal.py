@@ -10,12 +10,12 @@ import errno
 import logging
 import os
 from collections.abc import Callable
-from typing import Final
+from typing import Final, Protocol
 
 from tapcore.errors import LogError
 from tapcore.loop import Loop, Timer
 from tapcore.workers import Workers
-from writelog.activity import Activity, Resume
+from writelog.activity import Activity, Resume, Step
 from writelog.generations import Generations
 from writelog.sidecar import Sidecar
 
@@ -27,21 +27,33 @@ DRAIN_S: Final = 30.0
 """How long `close` waits for a step."""
 
 
+class Lower(Protocol):
+    """The disk below the log."""
+
+    def flush(self, done: Callable[[int], None]) -> None:
+        """Make durable what was written so far, then `done(0)`, or with an errno."""
+
+    def landed(self) -> None:
+        """All that waited for a step have been told."""
+
+
 class Journal:
-    """Of one log. `landed()` is called after each step, when all that waited for it have been told."""
+    """Of one log."""
 
     def __init__(
-        self, loop: Loop, workers: Workers, sidecar: Sidecar, activity: Activity, landed: Callable[[], None]
+        self, loop: Loop, workers: Workers, sidecar: Sidecar, activity: Activity, lower: Lower
     ) -> None:
         self.activity = activity
         self._loop = loop
         self._workers = workers
         self._sidecar = sidecar
-        self._landed = landed
+        self._lower = lower
         self._timer: Timer | None = None
         self._checkpoint_is_due = False
         self._idle: list[Callable[[], None]] = []
         self._is_quiet = self._has_failed = False
+        self._flush_errno: int | None = None
+        """What came of the flush of `quiesce`."""
         self._watch_cleared()
 
     def submit(self) -> None:
@@ -76,6 +88,12 @@ class Journal:
         self._checkpoint_is_due = self._checkpoint_is_due and self.activity.has_cleared
         if step is None:
             return
+        if step.needs_flush:
+            self._lower.flush(lambda code: self._step_ended(code) if code else self._write(step))
+        else:
+            self._write(step)
+
+    def _write(self, step: Step) -> None:
         result = [errno.EIO]
 
         def work() -> None:
@@ -88,7 +106,7 @@ class Journal:
         if code:
             self._checkpoint_is_due = False
         self.activity.ended(code)
-        self._landed()
+        self._lower.landed()
         self._watch_cleared()
         self.submit()
         self._check_idle()
@@ -105,30 +123,38 @@ class Journal:
     # The end
 
     def quiesce(self, done: Callable[[], None]) -> None:
-        """Begin no more steps, and `done()` when none is under way."""
+        """Begin no more steps; when none is under way flush the level below, which may do no more itself once it
+        is asked to quiesce, and then `done()`."""
+        def flushed(code: int) -> None:
+            self._flush_errno = code
+            done()
+
         self._is_quiet = True
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        self._idle.append(done)
+        self._idle.append(lambda: self._lower.flush(flushed))
         self._check_idle()
 
     def go_on(self) -> None:
         """After `quiesce`."""
         self._is_quiet = False
+        self._flush_errno = None
         self._watch_cleared()
         self.submit()
 
     def close(self) -> None:
-        """Write all bits and that the log was closed, in this thread, and close the file. LogError if a step that
-        is under way does not end."""
-        self.quiesce(lambda: None)
+        """Do what `quiesce` does unless it was done, write all bits and that the log was closed, and close the
+        file, all in this thread. LogError if a step that is under way does not end."""
         try:
-            self._loop.run_until(lambda: self.activity.step is None, DRAIN_S)
-            for step in self.activity.last_steps():
-                if code := self._sidecar.write(step.record, step.sectors):
-                    self._tell(code)
-                    break
+            if self._flush_errno is None:
+                self.quiesce(lambda: None)
+                self._loop.run_until(lambda: self._flush_errno is not None, DRAIN_S)
+            code = self._flush_errno or 0
+            for step in () if code else self.activity.last_steps():
+                code = code or self._sidecar.write(step.record, step.sectors)
+            if code:
+                self._tell(code)
         except TimeoutError:
             raise LogError(f"a write of the side-car did not end in {DRAIN_S:.0f} s", errno=errno.ETIMEDOUT,
                            path=str(self._sidecar.path)) from None

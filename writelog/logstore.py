@@ -24,7 +24,6 @@ import hashlib
 import logging
 import mmap
 import os
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,7 +39,7 @@ from writelog.activity import DEFAULT_HOT, Activity, Resume
 from writelog.bitmap import SECTOR_BYTES, Bitmap, bitmap_bytes, check_granularity
 from writelog.dirtymap import DirtyMap
 from writelog.generations import Generations, decode_names, encode_names, new_id
-from writelog.logjournal import Journal
+from writelog.logjournal import Journal, Lower
 from writelog.shm import (
     SHM_DIR,
     allocate,
@@ -168,7 +167,7 @@ class LogStore:
             flags = Flag.OPEN | (Flag.EMPTY if found is None else Flag(0))
             first = Record(granularity_bytes, size_bytes, 1, new_id(), flags, self._pairing, self.generation,
                            self.generations, ())
-            self._sidecar = Sidecar.create(path, self.map.blocks, first, self._sectors())
+            self._sidecar = Sidecar.create(path, first, self._sectors())
         assert self._sidecar.record is not None
         self.activity = Activity(self.map, self._sidecar.record, hot)
         if record is not None and record.flags & Flag.OPEN:
@@ -207,11 +206,11 @@ class LogStore:
                 out.append((number, bits.tobytes()))
         return out
 
-    def start_journal(self, loop: Loop, workers: Workers, landed: Callable[[], None]) -> Journal | None:
+    def start_journal(self, loop: Loop, workers: Workers, lower: Lower) -> Journal | None:
         """What makes the activity log durable; None without a side-car."""
         if self.activity is not None:
             assert self._sidecar is not None
-            self.journal = Journal(loop, workers, self._sidecar, self.activity, landed)
+            self.journal = Journal(loop, workers, self._sidecar, self.activity, lower)
             self.map.cleared = self.journal.cleared
         return self.journal
 

@@ -42,7 +42,8 @@ Sectors = Sequence[tuple[int, bytes]]
 
 
 class Sidecar:
-    """An open file and the record that is durable in it, None if none is whole."""
+    """An open file and the record that is durable in it, None if none is whole, or the file is too short for
+    it."""
 
     file_type: ClassVar[type[ImageFile]] = ImageFile
 
@@ -64,7 +65,10 @@ class Sidecar:
                 if is_of_another_kind(slots):
                     raise LogError("is no side-car of a log, or one of a later version", errno=errno.EINVAL,
                                    path=str(path), hint="move it away, or name another: log:,sidecar=PATH")
-                return cls(file, newest(slots))
+                record = newest(slots)
+                if record is not None and file.size_bytes < record.file_bytes:
+                    record = None
+                return cls(file, record)
             except BaseException:
                 file.close()
                 raise
@@ -73,17 +77,16 @@ class Sidecar:
                            hint=error.hint) from error
 
     @classmethod
-    def create(cls, path: Path, blocks: int, record: Record, sectors: Sectors) -> Sidecar:
+    def create(cls, path: Path, record: Record, sectors: Sectors) -> Sidecar:
         """A new one, durable, with its room claimed, in place of what is at `path`. LogError, and nothing is made,
         if that cannot be done."""
         new = path.with_name(f"{path.name}.new")
         file: ImageFile | None = None
         try:
             new.unlink(missing_ok=True)
-            size_bytes = SECTORS_OFFSET + sector_count(blocks) * SECTOR.size
             fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             try:
-                os.posix_fallocate(fd, 0, size_bytes)
+                os.posix_fallocate(fd, 0, record.file_bytes)
             finally:
                 os.close(fd)
             file = cls.file_type.open(str(new), OpenFlag.NONE)

@@ -31,6 +31,7 @@ from typing import Final
 import xxhash
 
 from tapcore.layout import Buffer, Layout
+from writelog.bitmap import block_count
 from writelog.generations import Generations, decode_names, encode_names
 
 MAGIC: Final = b"wrlgsdcr"
@@ -80,6 +81,11 @@ class Record:
     def slot(self) -> int:
         """The byte where it is to be written."""
         return self.sequence % SLOTS * SLOT_BYTES
+
+    @property
+    def file_bytes(self) -> int:
+        """How long the side-car of such a disk is."""
+        return SECTORS_OFFSET + sector_count(block_count(self.size_bytes, self.granularity_bytes)) * SECTOR.size
 
     def encode(self) -> bytes:
         """Whole sectors."""

@@ -40,9 +40,9 @@ from pathlib import Path
 from typing import Final
 
 from tapcore.beside import beside
-from tapcore.driver import Driver, Env, Filter, OpenFlag, leaf_of
+from tapcore.driver import Driver, Env, Feature, Filter, OpenFlag, leaf_of
 from tapcore.errors import LogError
-from tapcore.request import Request
+from tapcore.request import BACKGROUND, FLUSH, Request
 from writelog.activity import DEFAULT_HOT, MIN_HOT, Activity, Resume
 from writelog.bitmap import DEFAULT_GRANULARITY_BYTES, check_granularity
 from writelog.control import Figures
@@ -94,7 +94,7 @@ class Log(Filter):
                          self._options.hot)
         try:
             self._server = LogServer(self.env.loop, store, self.next, run_dir, self.log_name)
-            self._journal = store.start_journal(self.env.loop, self.env.workers, lambda: self._next_submit())
+            self._journal = store.start_journal(self.env.loop, self.env.workers, self)
         except BaseException:
             store.close()
             raise
@@ -200,6 +200,23 @@ class Log(Filter):
         del self._map.in_flight[request]
         request.done = self._waiting.pop(request)
         request.done(request)
+
+    # What the journal asks for
+
+    def flush(self, done: Callable[[int], None]) -> None:
+        """Make durable what was written so far, then `done(0)`, or with an errno."""
+        if not self.info.features & Feature.FLUSH:
+            done(0)
+            return
+        request = Request(FLUSH, flags=BACKGROUND, done=lambda request: done(request.error))
+        if self.next.queue_flush(request):
+            done(request.error)
+        else:
+            self._next_submit()
+
+    def landed(self) -> None:
+        """Requests that waited have gone on."""
+        self._next_submit()
 
     def quiesce(self, done: Callable[[], None]) -> None:
         """Start no more reads for clients, and call `done` when none is in flight and the side-car is complete:

@@ -23,7 +23,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, multip
 from processes import forget_logs
 from recording import Journal, RecordingFile
 
-from tapcore.driver import DiskInfo, Driver, Env, OpenFlag
+from tapcore.driver import DiskInfo, Driver, Env, Feature, OpenFlag
 from tapcore.drivers.log import Log
 from tapcore.loop import Loop
 from tapcore.request import WRITE, Request
@@ -84,7 +84,7 @@ class Leaf(Driver):
 
     def __init__(self, env: Env, path: Path, world: World) -> None:
         super().__init__(env, str(path), OpenFlag.NONE)
-        self.info = DiskInfo(SIZE_BYTES)
+        self.info = DiskInfo(SIZE_BYTES, Feature.FLUSH)
         self.path = str(path)
         self.world = world
         self.pending: list[Request] = []
@@ -97,6 +97,15 @@ class Leaf(Driver):
         return True
 
     queue_zeroes = queue_discard = queue_write
+
+    def queue_flush(self, request: Request) -> bool:
+        self.world.unflushed = {
+            block for pending in self.pending for block in blocks_of(pending.offset, pending.length)}
+        return True
+
+
+def blocks_of(offset: int, length: int) -> range:
+    return range(offset // BLOCK_BYTES, (offset + length - 1) // BLOCK_BYTES + 1)
 
 
 class World(RuleBasedStateMachine):
@@ -114,6 +123,8 @@ class World(RuleBasedStateMachine):
         self.loop = Loop()
         self.version = [0] * BLOCKS
         self.needed: set[int] = set()
+        self.unflushed: set[int] = set()
+        """Blocks whose last write the host may take back when it dies; the copy may have it."""
         self.ever: set[int] = set()
         """Blocks that were dirty at some time."""
         self.held: dict[int, dict[int, int]] = {}
@@ -152,7 +163,8 @@ class World(RuleBasedStateMachine):
         return set((self.log._map.dirty.bits | self.log._map.taken.bits).search(1))
 
     def goes_down(self, offset: int, length: int) -> None:
-        for block in range(offset // BLOCK_BYTES, (offset + length - 1) // BLOCK_BYTES + 1):
+        for block in blocks_of(offset, length):
+            self.unflushed.add(block)
             self.version[block] += 1
             self.needed.add(block)
             self.ever.add(block)
@@ -284,10 +296,13 @@ class World(RuleBasedStateMachine):
         step = self.log._journal.activity.step  # type: ignore[union-attr]
         hot.update((*step.new, *step.victims) if step is not None else ())
         hot.update(self._recorded())
+        unflushed = set(self.unflushed)
         self._drop(undone)
         self._leave(random.Random(seed) if seed is not None else None)
         forget_logs(self.run_dir)
         self.open()
+        self.needed |= unflushed
+        self.unflushed.clear()
         allowed = self.needed | self.ever
         for extent in hot:
             allowed.update(range(extent * BLOCKS_PER_EXTENT, (extent + 1) * BLOCKS_PER_EXTENT))
@@ -374,3 +389,25 @@ def test_a_crash_while_extents_leave() -> None:
             assert world.needed <= world.dirty()
         finally:
             world.teardown()
+
+
+def test_a_disk_is_flushed_before_the_side_car_says_that_a_copy_has_it() -> None:
+    """Else the host's crash takes back what the copy has, and nobody knows that they differ."""
+    world = World()
+    try:
+        world._write(0, 512, False)
+        world.work(1)
+        dirty_map = world.log._map
+        lease = dirty_map.open_lease()
+        assert dirty_map.take(lease, 0, BLOCKS, BLOCKS)[0]
+        dirty_map.commit(lease, 0, BLOCKS)
+        dirty_map.close_lease(lease)
+        world.needed.clear()
+        for extent in range(1, 2 * HOT):
+            world._write(extent * EXTENT_BYTES, 512, False)
+            world.work(1)
+        assert 0 not in world.log._hot
+        world.host_dies(0, None)
+        assert world.needed <= world.dirty()
+    finally:
+        world.teardown()

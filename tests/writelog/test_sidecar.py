@@ -225,7 +225,7 @@ def test_a_file_that_is_something_else_is_left_alone(chains: Chains, image: Path
     assert other.read_bytes() == b"precious" * 10_000
 
 
-@pytest.mark.parametrize("how", ["damaged", "resized", "granularity"])
+@pytest.mark.parametrize("how", ["damaged", "cut short", "resized", "granularity"])
 def test_a_side_car_that_cannot_be_used_makes_every_block_dirty(chains: Chains, image: Path, how: str) -> None:
     chains.open()
     chains.close()
@@ -236,6 +236,8 @@ def test_a_side_car_that_cannot_be_used_makes_every_block_dirty(chains: Chains, 
         data[100] ^= 1
         data[SLOT_BYTES + 100] ^= 1
         sidecar.write_bytes(data)
+    elif how == "cut short":
+        sidecar.write_bytes(sidecar.read_bytes()[:-512])
     elif how == "resized":
         with image.open("r+b") as file:
             file.truncate(2 * SIZE_BYTES)
@@ -247,7 +249,7 @@ def test_a_side_car_that_cannot_be_used_makes_every_block_dirty(chains: Chains, 
 
 
 def log_blocks(how: str) -> int:
-    return {"damaged": BLOCKS, "resized": 2 * BLOCKS, "granularity": BLOCKS // 16}[how]
+    return {"damaged": BLOCKS, "cut short": BLOCKS, "resized": 2 * BLOCKS, "granularity": BLOCKS // 16}[how]
 
 
 def test_one_log_has_a_side_car_at_a_time(env: Env, chains: Chains, tmp_path: Path) -> None:
