@@ -50,6 +50,7 @@ writelog.bitmap
 writelog.control
 writelog.dirtymap
 writelog.backlog
+writelog.forecast
 writelog.heat
 writelog.pace
 writelog.generations
@@ -122,7 +123,7 @@ PURE = [
     "tapcore.nbd.wire", "tapcore.nbd.negotiate", "tapcore.nbd.status", "tapcore.nbd.session",
     "tapcore.nbd.replies", "tapcore.nbd.client_codec", "tapcore.nbd.reply_decoder", "tapcore.nbd.fit",
     "writelog.wire", "writelog.plan", "writelog.planner", "writelog.simulate",
-    "writelog.backlog", "writelog.heat", "writelog.pace",
+    "writelog.backlog", "writelog.heat", "writelog.pace", "writelog.forecast",
     "writelog.ring", "tapcore.bucket",
     "writelog.generations", "writelog.sidecar_layout", "writelog.activity",
     "writelog.control", "writelog.dirtymap", "writelog.bitmap", "tapcore.formats.extents",

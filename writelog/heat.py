@@ -18,6 +18,8 @@ from typing import Final
 from bitarray import bitarray
 from bitarray.util import count_and, ones, zeros
 
+from writelog.dirtymap import CHUNK_BYTES
+
 HALF_LIFE_S: Final = 8.0
 SAMPLE_S: Final = 0.5
 """Between two samples, about."""
@@ -134,13 +136,16 @@ class Spread:
     """(chunks, touches a second of each): what the near future looks like if it is like the past."""
 
     def __init__(self, groups: list[tuple[int, float]]) -> None:
-        self._groups = [(chunks, rate) for chunks, rate in groups if chunks and rate]
+        self.groups = [(chunks, rate) for chunks, rate in groups if chunks and rate]
+        """Those that are written to."""
+        self.chunks = sum(chunks for chunks, _ in self.groups)
 
     @property
     def touch_rate(self) -> float:
         """Touches a second, of all chunks."""
-        return sum(chunks * rate for chunks, rate in self._groups)
+        return sum(chunks * rate for chunks, rate in self.groups)
 
-    def chunks_after(self, elapsed_s: float) -> float:
-        """How many different chunks will have been written to."""
-        return sum(chunks * -math.expm1(-rate * elapsed_s) for chunks, rate in self._groups)
+    def bytes_after(self, elapsed_s: float, touch_bytes: float) -> float:
+        """How much will have been written to, if each touch writes `touch_bytes` somewhere in its chunk."""
+        part = touch_bytes / CHUNK_BYTES
+        return sum(chunks * CHUNK_BYTES * -math.expm1(-rate * elapsed_s * part) for chunks, rate in self.groups)

@@ -7,9 +7,10 @@ A sync copies what is dirty while the guest writes on. The pause that a switch-o
 and once that fits the downtime budget, and is short anyway or becomes no shorter, the sync switches.
 
 How short it can become is predicted from the heat of the disk. In a sweep of t seconds over all that is dirty, the
-guest writes to chunks(t) = Σ over classes of n·(1 - e^(-rate·t)) chunks again; so the sweeps settle where
+guest writes to bytes(t) = Σ over classes of size·(1 - e^(-rate·t)) again, the rate being that of a block; so the
+sweeps settle where
 
-    chunks(t) · bytes of a chunk / send rate + what does not depend on t  =  t
+    bytes(t) / send rate + what does not depend on t  =  t
 
 If that is above the budget, or the pause has become no shorter for a while, the sync *escalates*, in small steps:
 first its own rate cap goes up, if it has one that may, then the guest's writes are slowed down, to a floor. If
@@ -170,19 +171,19 @@ def _figures(outlook: Outlook) -> str:
     return f"{text}; {outlook.measures}" if outlook.measures else text
 
 
-def settled_pause_s(spread: Spread, chunk_bytes: float, send_rate: float, fixed_s: float) -> float:
-    """What the sweeps settle at, if each chunk that is written to has `chunk_bytes` to send; infinite if at more
-    than SWEEP_MAX_S."""
+def settled_pause_s(spread: Spread, touch_bytes: float, send_rate: float, fixed_s: float) -> float:
+    """What the sweeps settle at, if each touch of a chunk writes `touch_bytes`; infinite if at more than
+    SWEEP_MAX_S."""
     sweep_s = SWEEP_MIN_S
     while sweep_s < SWEEP_MAX_S:
-        if spread.chunks_after(sweep_s) * chunk_bytes / send_rate + fixed_s <= sweep_s:
+        if spread.bytes_after(sweep_s, touch_bytes) / send_rate + fixed_s <= sweep_s:
             return sweep_s
         sweep_s *= SWEEP_STEP
     return math.inf
 
 
-def bytes_a_chunk(spread: Spread, write_rate: float) -> float:
-    """How much of a chunk is dirty after one touch, about: what is written goes to the chunks that are touched."""
+def bytes_a_touch(spread: Spread, write_rate: float) -> float:
+    """How much of a chunk a touch writes, about: all that is written goes to the chunks that are touched."""
     touch_rate = spread.touch_rate
     return min(write_rate / touch_rate, CHUNK_BYTES) if touch_rate else CHUNK_BYTES
 

@@ -18,7 +18,7 @@ from writelog.plan import (
     Limits,
     Meter,
     Outlook,
-    bytes_a_chunk,
+    bytes_a_touch,
     decide,
     flush_estimate_s,
     settled_pause_s,
@@ -150,7 +150,7 @@ class Planner:
         if not outlook.send_rate:
             return None
         spread = self._backlog.spread
-        return settled_pause_s(spread, bytes_a_chunk(spread, outlook.write_rate), outlook.send_rate,
+        return settled_pause_s(spread, bytes_a_touch(spread, outlook.write_rate), outlook.send_rate,
                                outlook.round_trip_s + outlook.flush_s)
 
     def decide(self) -> Decision:

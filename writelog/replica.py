@@ -14,7 +14,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Final
 
-from tapcore import fence
 from tapcore.chain import parse
 from tapcore.driver import Env, leaf_of
 from tapcore.drivers.log import Log
@@ -144,7 +143,7 @@ class Replica:
             export = self._nbd.listen(options.nbd) if options.nbd else ""
             self._server = ReplicaServer(self._env, self._vbd, export, keys=keys, authorized=authorized,
                                          peer_timeout_s=options.peer_timeout, on_end=self._on_end,
-                                         store=store, unfence=lambda: fence.clear(image) if image else None)
+                                         store=store)
             endpoint = self._server.listen(options.listen)
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, self._on_signal)

@@ -40,14 +40,12 @@ class ReplicaServer:
     """Serves syncs for `vbd`, which is open and paused; `export` is what PROMOTED tells.
 
     `on_end(succeeded)` is called when a session ended for good: released, promoted or failed, or gone for
-    `peer_timeout_s` after its link dropped. `store` keeps what must outlive the process. `unfence()` is called
-    at the promotion, before the disk runs.
+    `peer_timeout_s` after its link dropped. `store` keeps what must outlive the process.
     """
 
     def __init__(self, env: Env, vbd: Vbd, export: str = "", *, keys: Keys | None = None,
                  authorized: frozenset[bytes] = frozenset(), peer_timeout_s: float = 10.0,
-                 on_end: Callable[[bool], None] | None = None, store: StateStore | None = None,
-                 unfence: Callable[[], None] = lambda: None) -> None:
+                 on_end: Callable[[bool], None] | None = None, store: StateStore | None = None) -> None:
         self.promoted = False
         self.endpoint = ""
         self._env = env
@@ -57,7 +55,6 @@ class ReplicaServer:
         self._peer_timeout_s = peer_timeout_s
         self._applier = Applier(vbd.chain.head)
         self._store = store or StateStore()
-        self._unfence = unfence
         self._disk = ""
         self._session: Session | None = None
         self._identity = b""
@@ -273,7 +270,6 @@ class ReplicaServer:
             raise ReplicationError("PROMOTE does not name the state that the replica confirmed",
                                    hint="nothing was promoted")
         if not self.promoted:
-            self._unfence()
             self._store.store(replace(self._store.state, promoted=True))
             self.promoted = True
             self._vbd.resume()

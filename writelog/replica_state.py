@@ -6,17 +6,23 @@
 `base` is the primary's name for the state that this copy is being brought to: it lacks what the primary's log has
 dirty or leased under that name, and nothing else. So the name is recorded, durably, before the first extent under
 it is applied; and what is acknowledged is flushed. `image` is the device and inode of the image: beside another
-file of the same name the record counts for nothing. Everything here blocks.
+file of the same name the record counts for nothing.
+
+The image has a fence (tapcore.fence) as long as it is a copy: a tapdisk that opens it for writing serves it
+paused. Who forces it to go on, for a drill maybe, takes the fence away, and then no sync may go on with the copy.
+Everything here blocks.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from dataclasses import asdict, dataclass
+import os
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Final
 
+from tapcore import fence
 from tapcore.durablefile import replace_file
 from tapcore.errors import ImageError, ReplicationError, image_error
 
@@ -44,7 +50,8 @@ class StateStore:
         self.state = State()
         self.path = path
         self._size_bytes = size_bytes
-        self._image = _identity(image) if image is not None else ""
+        self._image = image
+        self._identity = _identity(image) if image is not None else ""
         if path is not None:
             self.state = self._load(path)
 
@@ -59,7 +66,7 @@ class StateStore:
         try:
             found = json.loads(text)
             state = State(int(found["base"], 16), found["disk"], found["promoted"])
-            same = (found["image"], found["size_bytes"]) == (self._image, self._size_bytes)
+            same = (found["image"], found["size_bytes"]) == (self._identity, self._size_bytes)
             if not (0 <= state.base <= MAX_BASE and isinstance(state.disk, str) and type(state.promoted) is bool):
                 raise ValueError
         except (ValueError, KeyError, TypeError):
@@ -68,18 +75,27 @@ class StateStore:
         if not same:
             logger.warning("%s was written for another image of this name, and is ignored", path)
             return State()
+        if state.base and not state.promoted and self._image is not None and fence.read(str(self._image)) is None:
+            logger.warning("%s was opened by force since it was made: it is a copy of %r no more", self._image,
+                           state.disk)
+            return replace(state, base=int.from_bytes(os.urandom(8), "little") | 1)
         return state
 
     def store(self, state: State) -> None:
-        """Durably. ReplicationError, with nothing changed that counts, if that cannot be done."""
+        """Durably, and fence the image, or take its fence away if it is promoted. ReplicationError or ImageError,
+        with nothing changed that counts, if that cannot be done."""
         if self.path is not None:
-            record = asdict(state) | {"base": f"{state.base:016x}", "image": self._image,
+            if self._image is not None and not state.promoted:
+                fence.write(str(self._image), f"made a copy of disk {state.disk!r} of another host")
+            record = asdict(state) | {"base": f"{state.base:016x}", "image": self._identity,
                                       "size_bytes": self._size_bytes}
             try:
                 replace_file(self.path, json.dumps(record, indent=1).encode() + b"\n")
             except OSError as error:
                 raise ReplicationError(f"cannot record the state of the replica: {error.strerror}",
                                        errno=error.errno, path=str(self.path)) from error
+        if self._image is not None and state.promoted:
+            fence.clear(str(self._image))
         self.state = state
 
 

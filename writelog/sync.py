@@ -14,7 +14,7 @@ from tapcore.errors import WritelogError
 from tapcore.params import size_bytes
 from tapcore.rundir import default_run_dir
 from tapcore.text import size_text
-from writelog import sync_command, sync_simulate
+from writelog import sync_command, sync_plan, sync_simulate
 from writelog.plan import Limits
 from writelog.replica import run_command, seconds, some_seconds
 from writelog.sync_control import Wishes
@@ -42,6 +42,7 @@ examples:
   writelog-sync --rate 40M --max-rate 80M vm1 tcp://127.0.0.1:5599   leave room for others on the link
   writelog-sync start --hold vm1 tcp://127.0.0.1:5599                in the background, in sync, until you say
   writelog-sync switch vm1                                         so; or status, set, pause, resume, cancel, wait
+  writelog-sync plan --rate 110M vm1                                 watch the guest, and forecast
   writelog-sync simulate                                             what to expect, in made-up time
 
 exit codes: 0 the replica has confirmed its copy (and taken over), 1 it has not, 2 wrong usage, 130 interrupted
@@ -174,6 +175,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments and arguments[0] == "start":
         options = parse_arguments(arguments[1:])
         return run_command(lambda: sync_command.start(arguments[1:], options), "writelog-sync")
+    if arguments and arguments[0] == "plan":
+        options = sync_plan.parse_arguments(arguments[1:], rate, seconds)
+        return run_command(lambda: sync_plan.run(options), "writelog-sync")
     if arguments and arguments[0] in sync_command.COMMANDS:
         op = arguments[0]
         options = sync_command.parse_arguments(op, arguments[1:], rate, floor, seconds)

@@ -21,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import logging
 import socket
 import time
 from collections.abc import Callable
@@ -32,6 +33,8 @@ from tapcore import unixsocket
 from tapcore.control import Lines, encode_error, encode_result
 from tapcore.errors import ControlError, ProtocolError, WritelogError
 from writelog.plan import Limits
+
+logger = logging.getLogger(__name__)
 
 MAX_REQUEST_BYTES: Final = 4096
 MAX_CLIENTS: Final = 16
@@ -106,12 +109,18 @@ class ControlSocket:
 
     def __init__(self, path: Path, wishes: Wishes, status: Callable[[], dict[str, Any]],
                  changed: Callable[[], None]) -> None:
-        """ControlError if it cannot listen."""
+        """ControlError if it cannot listen. A path that is too long for a socket is told: then there is none."""
         self._path = path
         self._wishes = wishes
         self._status = status
         self._changed = changed
-        self._listener = unixsocket.listen(path)
+        self._listener: socket.socket | None = None
+        try:
+            self._listener = unixsocket.listen(path)
+        except ControlError as error:
+            if error.errno != errno.ENAMETOOLONG:
+                raise
+            logger.warning("this sync cannot be steered: %s", error)
         self._clients: dict[socket.socket, Lines] = {}
         self._waiting: set[socket.socket] = set()
         self._turned_s = 0.0
@@ -119,7 +128,7 @@ class ControlSocket:
     def turn(self) -> None:
         """Serve whoever asks, if it is time."""
         now_s = time.monotonic()
-        if now_s - self._turned_s < TURN_S:
+        if self._listener is None or now_s - self._turned_s < TURN_S:
             return
         self._turned_s = now_s
         with contextlib.suppress(BlockingIOError):
@@ -140,8 +149,9 @@ class ControlSocket:
                 self._answer(client, encode_error(report) if isinstance(report, WritelogError)
                              else encode_result(report))
             client.close()
-        self._listener.close()
-        self._path.unlink(missing_ok=True)
+        if self._listener is not None:
+            self._listener.close()
+            self._path.unlink(missing_ok=True)
 
     def _serve(self, client: socket.socket) -> None:
         lines = self._clients[client]

@@ -224,6 +224,12 @@ class Source:
                 break
         return list(split(offset, length, extents))
 
+    def data_bytes(self) -> int:
+        """What of the disk does not read as zeroes, by its map."""
+        return sum(length for start in range(0, self.size_bytes, MAP_MAX_BYTES)
+                   for is_zero, _, length in self._items(start, min(MAP_MAX_BYTES, self.size_bytes - start))
+                   if not is_zero)
+
     # The guest
 
     def written_bytes(self) -> int:

@@ -9,6 +9,7 @@ from bitarray import bitarray
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from writelog.dirtymap import CHUNK_BYTES
 from writelog.heat import HALF_LIFE_S, MAX_COUNT, SAMPLE_S, SINGLE_CLASS, WEIGHT_SHIFT, Heat, Spread
 
 CHUNKS = 40
@@ -56,7 +57,7 @@ def test_rates_are_about_those_of_the_writes() -> None:
     assert heat.classes()[0].count() >= 1000
     assert heat.spread().touch_rate == pytest.approx(sum(rates), rel=0.2)
     distinct = sum(1 - 2.718281828 ** (-rate * 3) for rate in rates)
-    assert heat.spread().chunks_after(3) == pytest.approx(distinct, rel=0.2)
+    assert heat.spread().bytes_after(3, CHUNK_BYTES) / CHUNK_BYTES == pytest.approx(distinct, rel=0.2)
 
 
 def test_what_is_written_no_more_cools_down() -> None:
@@ -79,5 +80,5 @@ def test_a_stream_is_sent_from_its_latest_chunks_on() -> None:
 
 
 def test_a_spread_without_writes_stays_clean() -> None:
-    assert Spread([(1000, 0.0)]).chunks_after(100) == 0
-    assert Spread([(10, 1.0)]).chunks_after(100) == pytest.approx(10)
+    assert Spread([(1000, 0.0)]).bytes_after(100, CHUNK_BYTES) == 0
+    assert Spread([(10, 1.0)]).bytes_after(100, 4096) == pytest.approx(10 * CHUNK_BYTES, rel=0.01)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tapcore import fence
 from tapcore.errors import ImageError, ReplicationError
 from writelog.replica import main
 from writelog.replica_state import MAX_BASE, State, StateStore
@@ -26,6 +27,21 @@ def test_it_is_found_again(image: Path, tmp_path: Path) -> None:
     for state in (State(MAX_BASE, "vm1"), State(5, "vm\u00e9", True)):
         store.store(state)
         assert StateStore(path, image, 4096).state == store.state == state
+
+
+def test_an_image_that_was_forced_to_go_on_is_no_copy_any_more(image: Path, tmp_path: Path) -> None:
+    path = tmp_path / "copy.img.replica"
+    store = StateStore(path, image, 4096)
+    store.store(State(5, "vm1"))
+    assert "copy of disk 'vm1'" in (fence.read(str(image)) or "")
+    fence.clear(str(image))
+    found = StateStore(path, image, 4096).state
+    assert (found.disk, found.base in (0, 5)) == ("vm1", False)
+    store.store(State(6, "vm1"))
+    assert StateStore(path, image, 4096).state.base == 6
+    store.store(State(6, "vm1", True))
+    assert fence.read(str(image)) is None
+    assert StateStore(path, image, 4096).state == State(6, "vm1", True)
 
 
 def test_another_image_of_the_name_is_not_the_copy(image: Path, tmp_path: Path) -> None:

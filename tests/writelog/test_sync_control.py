@@ -164,6 +164,14 @@ def test_a_moment() -> None:
             sync.moment(wrong)
 
 
+def test_a_path_that_is_too_long_is_no_reason_not_to_sync(tmp_path: Path) -> None:
+    path = tmp_path / ("x" * 120)
+    control = ControlSocket(path, Wishes(Limits()), dict, lambda: None)
+    control.turn()
+    control.close({})
+    assert not path.exists()
+
+
 @pytest.mark.parametrize("line", [
     b"garbage\n", b"[]\n", b"\xff\n", b'{"op": "nosuch"}\n', b'{"op": "status", "x": 1}\n', b'{"op": []}\n',
 ])

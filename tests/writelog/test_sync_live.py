@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from processes import Tapdisk, read_line
 
+from tapcore.control import find_disk
 from tapcore.nbd.client import NbdClient, NbdError
 from tapcore.nbd.wire import NBD_CMD_READ
 from writelog.client import LogClient
@@ -240,6 +241,25 @@ def test_a_copy_that_was_kept_gets_what_has_changed(pair: Pair) -> None:
     report = json.loads(out.splitlines()[-1])
     assert report["resumed"]
     assert report["sent_bytes"] + report["zero_bytes"] < SIZE_BYTES // 2
+    assert pair.images_are_equal()
+
+
+def test_a_copy_that_was_tried_out_by_force_is_not_gone_on_with(pair: Pair) -> None:
+    replica = pair.replica("", "--once")
+    assert pair.sync("--keep-running").end()[0] == 0
+    assert replica.end()[0] == 0
+    drill = pair._serve(f"aio:{pair.copy}", "--name", "drill")
+    with find_disk(pair.tapdisk.run_dir, "drill") as control:
+        assert "a copy of disk 'vm1'" in control.call("info", disk="drill")["fenced"]
+        control.call("unpause", disk="drill", force=True)
+    with drill.client() as client:
+        client.write(0, b"drill" * 100)
+    drill.stop()
+    pair.replica()
+    code, _, err = pair.sync().end()
+    assert (code, "holds a copy of disk 'vm1', but none" in err) == (1, True)
+    code, _, err = pair.sync("--overwrite", "--verify", "--downtime", "5").end()
+    assert code == 0, err
     assert pair.images_are_equal()
 
 
