@@ -22,6 +22,7 @@ from tapcore.errors import ControlError, ImageError
 from tapcore.nbd import wire
 from tapcore.nbd.client import NbdClient
 from tapcore.tapctl import main as tap_ctl
+from writelog.replica_state import StateStore
 
 SIZE = 1 << 20
 TIMEOUT_S = 20
@@ -227,7 +228,7 @@ def test_a_replica_takes_its_fence_away_when_it_is_promoted(env: Env, tmp_path: 
         path.write_bytes(bytes(SIZE_BYTES))
     fence.write(str(paths[1]), "handed over once")
     rig = Rig(env, paths[0])
-    endpoint = rig.replica(f"aio:{paths[1]}", unfence=lambda: fence.clear(str(paths[1])))
+    endpoint = rig.replica(f"aio:{paths[1]}", store=StateStore(tmp_path / "replica", paths[1], SIZE_BYTES))
     assert rig.sync("--keep-running", "vm1", endpoint) == 0
     assert fence.read(str(paths[1]))
     assert rig.sync("vm1", endpoint) == 0
