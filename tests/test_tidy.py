@@ -104,6 +104,7 @@ tapcore.pausing
 --
 tapcore.engine
 writelog.replica_
+writelog.migrate_
 writelog.sync_
 --
 tapcore.img.cli
@@ -113,6 +114,7 @@ tapcore.img.vhd_util
 tapcore.tapctl
 tapcore.tapdisk
 writelog.cli
+writelog.migrate
 writelog.replica
 writelog.sync
 """

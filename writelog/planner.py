@@ -96,6 +96,10 @@ class Planner:
         self.escalation.throttle = throttle if limits.may_throttle else None
         self._improvement = Improvement()
 
+    def hold(self) -> None:
+        """The switch-over that was decided on is put off: patience begins anew when it would not do any more."""
+        self._improvement = Improvement()
+
     @property
     def window_bytes(self) -> int:
         """How much may be sent and not applied."""

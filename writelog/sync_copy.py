@@ -144,14 +144,14 @@ class Copier:
             self.planner.escalation.throttle = None
             self._source.slow_down(None)
 
-    def usual_state(self, wishes: Wishes) -> str:
-        """What to call the state of a sync that copies."""
+    def usual_state(self, wishes: Wishes, is_gated: bool) -> str:
+        """What to call the state of a sync that copies; one with a gate is held by that, too."""
         if wishes.is_paused:
             return PAUSED
         if not self.first_pass_done:
             return SYNCING
         fits = self.planner.outlook.pause_s <= wishes.limits.downtime_s
-        return IN_SYNC if fits and wishes.is_held else CONVERGING
+        return IN_SYNC if fits and (wishes.is_held or is_gated) else CONVERGING
 
     def progress(self) -> Progress:
         outlook, pipeline = self.planner.outlook, self.pipeline

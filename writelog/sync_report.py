@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final, TextIO
 
@@ -98,9 +99,10 @@ class Report:
 
 
 class Reporter:
-    """`style` is "json", "tty" or "plain"; events go to `out` (standard output)."""
+    """`style` is "json", "tty" or "plain"; events go to `out` (standard output). `program` is who tells."""
 
-    def __init__(self, style: str, out: TextIO | None = None) -> None:
+    def __init__(self, style: str, out: TextIO | None = None, program: str = "writelog-sync") -> None:
+        self._program = program
         self._style = style
         self._out = out or sys.stdout
         self._silent = False
@@ -126,24 +128,32 @@ class Reporter:
 
     def progress(self, progress: Progress) -> None:
         """Tell where the sync is, if it is time."""
+        self.tell(lambda: asdict(progress), lambda: str(progress))
+
+    def tell(self, figures: Callable[[], dict[str, Any]], text: Callable[[], str]) -> None:
+        """Tell figures, to a program or to people, if it is time."""
         now_s = time.monotonic()
         if now_s - self._told_s < self._interval_s:
             return
         self._told_s = now_s
         if self._style == "json":
-            self._event(**asdict(progress))
+            self._event(**figures())
         elif self._style == "tty":
-            self._update(f"{self._state}: {progress}")
+            self._update(f"{self._state}: {text()}")
         else:
-            self._line(f"{self._state}: {progress}")
+            self._line(f"{self._state}: {text()}")
 
     def done(self, report: Report) -> None:
+        self.end(asdict(report), report.lines())
+
+    def end(self, figures: dict[str, Any], lines: list[str]) -> None:
+        """It is done: tell the figures, or the lines for people."""
         self._state = DONE
         self.close()
         if self._style == "json":
-            self._event(**asdict(report))
+            self._event(**figures)
         else:
-            for line in report.lines():
+            for line in lines:
                 self._line(line)
 
     def failed(self, error: str) -> None:
@@ -179,7 +189,7 @@ class Reporter:
             null_fd = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null_fd, sys.stdout.fileno())
             os.close(null_fd)
-        print(f"writelog-sync: cannot report any more, but goes on: {error.strerror}", file=sys.stderr)
+        print(f"{self._program}: cannot report any more, but goes on: {error.strerror}", file=sys.stderr)
 
     def _update(self, text: str) -> None:
         if self._live is None:

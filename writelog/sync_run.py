@@ -7,7 +7,8 @@ Never lose a write:
 - An extent is forgotten (committed) only when the replica says that it is durable. Whatever goes wrong before, it
   is dirty again: by `reclaim`, or by the log itself when this process dies.
 - The disk is handed over only while the guest is paused, with the log empty, and after the replica has confirmed
-  by its digest that it has applied and flushed all that was sent. Any failure before lets the guest go on.
+  by its digest that it has applied and flushed all that was sent. Any failure before lets the guest go on. So
+  does one after it, until the replica may be told: disks that switch together all hand over before that.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from tapcore.errors import ControlError, LogError, ReplicationError, WritelogErr
 from writelog.plan import Action, Limits
 from writelog.sync_control import ControlSocket, Wishes
 from writelog.sync_copy import MAX_OPEN_PORTIONS, Copier
+from writelog.sync_gate import Gate, Step
 from writelog.sync_hooks import Hooks
 from writelog.sync_link import Link, LinkLost, Peer
 from writelog.sync_pack import AUTO
@@ -74,12 +76,15 @@ M = TypeVar("M", Welcome, Digest, Content, Promoted, Released)
 
 
 class Sync:
-    """One run for one disk. `interrupted` may be set by a signal handler."""
+    """One run for one disk. `interrupted` may be set by a signal handler. With a `gate` it switches over when that
+    lets it."""
 
     def __init__(self, source: Source, peer: Peer, limits: Limits, reporter: Reporter, *,
                  verify: bool = False, keep_running: bool = False, overwrite: bool = False,
-                 compress: str = AUTO, wishes: Wishes | None = None, hooks: Hooks | None = None) -> None:
+                 compress: str = AUTO, wishes: Wishes | None = None, hooks: Hooks | None = None,
+                 gate: Gate | None = None) -> None:
         self.interrupted = False
+        self._gate = gate
         self._source = source
         self._peer = peer
         self._limits = limits
@@ -157,12 +162,25 @@ class Sync:
         except WritelogError as error:
             if not self._source.handed_over:
                 raise
+            if not self._may(Step.PROMOTED):
+                self._take_back(error)
+                raise
             raise ReplicationError("the disk was handed over, but the replica did not say that it took over: "
                                    f"{error.message}", errno=error.errno,
                                    hint="its copy is complete and confirmed: open it there; or, if that host is "
                                         "lost, resume the primary by force with tap-ctl") from error
         finally:
             self._finish()
+
+    def _take_back(self, error: WritelogError) -> None:
+        """The replica was not told of the hand-over, and never will be."""
+        try:
+            self._source.take_back()
+        except WritelogError as failure:
+            raise ReplicationError(
+                f"{error.message}; disk {self._source.name!r} stays paused: {failure.message}",
+                errno=failure.errno,
+                hint=f"its replica was not promoted: tap-ctl unpause --force {self._source.name}") from error
 
     def _finish(self) -> None:
         if self._link is not None:
@@ -183,8 +201,9 @@ class Sync:
         link = self._link = Link(self._context, self._peer)
         self._replies.clear()
         self._poller = zmq.Poller()
-        for pollable in (link.socket, link.monitor, self._source.log.fileno()):
-            self._poller.register(pollable, zmq.POLLIN)
+        for pollable in (link.socket, link.monitor, self._source.log.fileno(), self._gate):
+            if pollable is not None:
+                self._poller.register(pollable, zmq.POLLIN)
         base = self._base or self._source.base()
         link.greet(Hello(VERSION, self._session, self._source.size_bytes, self._source.name, base,
                          self._overwrite))
@@ -212,6 +231,8 @@ class Sync:
 
     def _after_loss(self, lost: LinkLost) -> None:
         """Make good for a connection that dropped; ReplicationError if it never was one."""
+        if not self._source.handed_over:
+            self._reach(Step.COPYING)
         self._source.resume()
         self._watch = None
         assert self._link is not None
@@ -317,6 +338,8 @@ class Sync:
 
     def _guard(self) -> None:
         """Interrupted, PauseTooLong or ReplicationError if there is a reason not to go on."""
+        if self._gate is not None:
+            self._gate.check()
         if self._source.handed_over:
             return
         self._control.turn()
@@ -354,6 +377,13 @@ class Sync:
         while not ready():
             self._pump()
 
+    def _may(self, step: Step) -> bool:
+        return self._gate is None or self._gate.may(step)
+
+    def _reach(self, step: Step) -> None:
+        if self._gate is not None:
+            self._gate.reach(step)
+
     # Copying
 
     def _converge_and_switch(self) -> Report:
@@ -383,23 +413,30 @@ class Sync:
         return report
 
     def _copy(self) -> None:
-        """Copy while the guest writes, until the plan says that it is time to switch."""
-        copier, planner = self._copier, self._planner
+        """Copy while the guest writes, until the plan says that it is time to switch, or the gate does."""
+        copier, planner, gate = self._copier, self._planner, self._gate
         while True:
             stalled = planner.outlook.stalled_s >= STALL_TOLD_S
             may_switch = self._wishes.may_switch
             copier.is_calm = not may_switch
-            self._reporter.state(STALLED if stalled else copier.usual_state(self._wishes))
+            self._reporter.state(STALLED if stalled else copier.usual_state(self._wishes, gate is not None))
             if not self._wishes.is_paused:
                 copier.take_more()
             self._pump()
+            if gate is not None and gate.may(Step.CONFIRMED):
+                return
             if not copier.look_is_due:
                 continue
             copier.look()
             self._reporter.progress(copier.progress())
             decision = planner.decide()
             if decision.action == Action.SWITCH and may_switch and not self._wishes.is_paused:
-                return
+                if gate is None:
+                    return
+                gate.reach(Step.READY)
+                planner.hold()
+            elif gate is not None and planner.outlook.pause_s > self._limits.downtime_s:
+                gate.reach(Step.COPYING)
             if decision.action == Action.ESCALATE:
                 copier.escalate()
                 self._reporter.state(CONVERGING, str(planner.escalation))
@@ -428,6 +465,10 @@ class Sync:
                 self._send(Release())
                 self._wait_for(Released, ANSWER_S)
         else:
+            self._reach(Step.CONFIRMED)
+            self._pump_until(lambda: self._may(Step.HANDED_OVER))
+            if self._gate is not None:
+                watch.lap("wait")
             self._source.hand_over(self._peer.endpoint)
             watch.lap("hand over")
             self._promote()
@@ -480,8 +521,11 @@ class Sync:
         self._report.verified = True
 
     def _promote(self) -> None:
+        self._reach(Step.HANDED_OVER)
+        self._pump_until(lambda: self._may(Step.PROMOTED))
         self._send(Promote(self._confirmed))
         self._report.export = self._wait_for(Promoted, ANSWER_S).export
+        self._reach(Step.PROMOTED)
         self._hooks.after(self._source.name, self._peer.endpoint)
 
     def _send(self, message: Message) -> None:

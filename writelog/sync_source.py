@@ -277,6 +277,11 @@ class Source:
                                        errno=error.errno, hint=error.hint) from error
         self.handed_over = True
 
+    def take_back(self) -> None:
+        """Undo a hand-over of which the replica was not told: the guest goes on here."""
+        self._control.call("unpause", disk=self.name, force=True)
+        self.handed_over = self.paused = False
+
     def _was_handed_over(self, to: str) -> bool:
         with contextlib.suppress(WritelogError):
             control = find_disk(self._run_dir, self.name)

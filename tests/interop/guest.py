@@ -1,16 +1,25 @@
-"""A real guest: Debian's cloud kernel and a busybox initramfs in QEMU without hardware acceleration."""
+"""A real guest: Debian's cloud kernel and a busybox initramfs in QEMU without hardware acceleration.
+
+`boot` runs a script to its end. A `Guest` runs on, with a monitor, and can be migrated to another one.
+"""
 
 from __future__ import annotations
 
 import os
 import shutil
 import subprocess
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from support import need
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNEL_DIR = ROOT / ".venv" / "guest"
+MEMORY_MIB = 128
+WAIT_S = 60
+GEOMETRY = "cyls=130,heads=16,secs=63"
+"""Of a disk that cannot be read when its QEMU starts: then QEMU does not look for one there."""
 MODULES = ("virtio_ring", "virtio", "virtio_pci_modern_dev", "virtio_pci_legacy_dev", "virtio_pci", "virtio_blk")
 BOOT_TIMEOUT_S = 90
 
@@ -50,21 +59,68 @@ def make_initramfs(folder: Path, script: str) -> Path:
     return image
 
 
-def boot(folder: Path, script: str, disk: str) -> str:
-    """Run `script` in a guest whose disk is the NBD URI `disk`; returns what it printed, AssertionError if it
-    failed or did not end in time."""
+def command_of(initramfs: Path, disks: Sequence[str], *, memory_mib: int = 256, geometry: str = "") -> list[str]:
+    """QEMU, for a guest whose disks are the NBD URIs `disks`."""
     need("qemu-system-x86_64")
     assert (KERNEL_DIR / "vmlinuz").exists(), "no guest kernel: tools/setup dev fetches it"
     command = [
-        "qemu-system-x86_64", "-accel", "tcg", "-m", "256", "-nodefaults", "-display", "none", "-serial", "stdio",
-        "-no-reboot", "-kernel", str(KERNEL_DIR / "vmlinuz"), "-initrd", str(make_initramfs(folder, script)),
+        "qemu-system-x86_64", "-accel", "tcg", "-m", str(memory_mib), "-nodefaults", "-display", "none",
+        "-serial", "stdio", "-no-reboot", "-kernel", str(KERNEL_DIR / "vmlinuz"), "-initrd", str(initramfs),
         "-append", "console=ttyS0 quiet panic=-1",
-        "-drive", f"file={disk},format=raw,if=none,id=disk,cache=none,discard=unmap",
-        "-device", "virtio-blk-pci,drive=disk",
     ]
-    guest = subprocess.run(command, capture_output=True, check=False, timeout=BOOT_TIMEOUT_S,
-                           stdin=subprocess.DEVNULL, env=os.environ | {"LC_ALL": "C"})
+    for number, uri in enumerate(disks):
+        command += ["-drive", f"file={uri},format=raw,if=none,id=disk{number},cache=none,discard=unmap",
+                    "-device", f"virtio-blk-pci,drive=disk{number}{geometry and ','}{geometry}"]
+    return command
+
+
+def boot(folder: Path, script: str, disk: str) -> str:
+    """Run `script` in a guest whose disk is the NBD URI `disk`; returns what it printed, AssertionError if it
+    failed or did not end in time."""
+    guest = subprocess.run(command_of(make_initramfs(folder, script), [disk]), capture_output=True, check=False,
+                           timeout=BOOT_TIMEOUT_S, stdin=subprocess.DEVNULL, env=os.environ | {"LC_ALL": "C"})
     output = guest.stdout.decode(errors="replace").replace("\r", "")
     assert guest.returncode == 0, guest.stderr.decode()
     assert "GUEST-END 0" in output, output
     return output
+
+
+class Guest:
+    """A QEMU that runs: booted, or with `incoming` waiting for a guest. Its monitor is at `monitor`."""
+
+    def __init__(self, folder: Path, initramfs: Path, disks: Sequence[str], incoming: str | None = None) -> None:
+        self.monitor = f"unix:{folder}/{'there' if incoming else 'here'}.qmp"
+        self._console = bytearray()
+        self._grown = threading.Condition()
+        options = ["-qmp", f"{self.monitor},server=on,wait=off"]
+        if incoming is not None:
+            options += ["-incoming", incoming]
+        command = command_of(initramfs, disks, memory_mib=MEMORY_MIB, geometry=GEOMETRY if incoming else "")
+        self.process = subprocess.Popen([*command, *options], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                        stderr=subprocess.DEVNULL if incoming else None)
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        while data := os.read(self.process.stdout.fileno(), 4096):
+            with self._grown:
+                self._console += data
+                self._grown.notify_all()
+
+    @property
+    def console(self) -> str:
+        """All that it has printed so far."""
+        return self._console.decode(errors="replace").replace("\r", "")
+
+    def wait_for(self, seen: Callable[[str], bool]) -> None:
+        """Until the console is as `seen` wants it; AssertionError if it never is."""
+        with self._grown:
+            assert self._grown.wait_for(lambda: seen(self.console), WAIT_S), self.console
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait(WAIT_S)
+        self._reader.join(WAIT_S)
+        assert self.process.stdout is not None
+        self.process.stdout.close()

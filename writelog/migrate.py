@@ -1,0 +1,191 @@
+"""`writelog-migrate`: moves a running QEMU guest, its disks included, to a replica and a QEMU on another host."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Any
+
+from tapcore.control import find_disk
+from tapcore.errors import ReplicationError, WritelogError
+from tapcore.rundir import default_run_dir
+from writelog.migrate_check import (
+    STOPPED,
+    UNCHECKED,
+    UNDER_WAY,
+    capabilities_to_set,
+    check_disks,
+    check_memory_uri,
+    parse_disks,
+)
+from writelog.migrate_qmp import Monitor, parse_monitor
+from writelog.migrate_report import MigrationReporter
+from writelog.migrate_run import Memories, Migration
+from writelog.plan import Limits
+from writelog.replica import run_command, seconds, some_seconds
+from writelog.sync import floor, rate
+from writelog.sync_link import Peer
+from writelog.sync_source import Source
+from writelog.sync_transport import check_endpoint, load_keys, load_public_key
+
+DESCRIPTION = """\
+Move a running QEMU guest to another host: copy its disks, which tapdisks serve with write logs, while it writes;
+then its memory, by QEMU's own migration; stop it for a moment, send the disks' last round, hand them over to their
+replicas, and let QEMU go on there. If anything fails before the replicas are promoted, the guest runs on here."""
+
+EXAMPLES = """\
+examples:
+  on the other host, first the replica, then QEMU with the same machine, waiting:
+    writelog-replica --listen tcp://192.0.2.7:5599 … --name vm1 --nbd unix:/run/vm1.nbd aio:/vm/copy.img
+    qemu-system-x86_64 … -incoming tcp:192.0.2.7:4444 \\
+      -drive file=nbd+unix:///vm1?socket=/run/vm1.nbd,format=raw,if=none,id=disk \\
+      -device virtio-blk-pci,drive=disk,cyls=16383,heads=16,secs=63
+  (without a geometry QEMU wants to read the disk when it starts, and waits: the replica serves no requests yet)
+
+  writelog-migrate --qmp unix:/run/vm.qmp --to tcp:192.0.2.7:4444 --disk vm1=tcp://192.0.2.7:5599 …
+
+exit codes: 0 the guest runs at the destination, 1 it does not (the error says where it is), 2 wrong usage, 130
+interrupted: it runs on here
+"""
+
+
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="writelog-migrate", description=DESCRIPTION, epilog=EXAMPLES,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--qmp", required=True, metavar="ADDR",
+                        help="the guest's monitor, unix:/path or tcp:HOST:PORT; nothing else may use it meanwhile")
+    parser.add_argument("--to", required=True, metavar="tcp:HOST:PORT",
+                        help="where the other QEMU waits, which was started with -incoming")
+    parser.add_argument("--disk", required=True, action="append", metavar="NAME=tcp://HOST:PORT",
+                        help="a disk, and where its replica listens; once for each disk of the guest")
+    parser.add_argument("--dest-qmp", metavar="ADDR",
+                        help="the other QEMU's monitor: it is looked at, and told to listen after -incoming defer")
+    parser.add_argument("--run-dir", type=Path, metavar="DIR", help="where the tapdisks' control sockets are")
+    parser.add_argument("--log", metavar="NAME", help="which write log to use of disks that have several")
+    parser.add_argument("--downtime", type=seconds, default=0.3, metavar="S",
+                        help="stop the guest when the rest of the disks is predicted to take no longer than this, "
+                             "and the rest of the memory (each; default: %(default)g s)")
+    parser.add_argument("--max-pause", type=some_seconds, default=10.0, metavar="S",
+                        help="break a switch-over off that takes longer (default: %(default)g s)")
+    parser.add_argument("--patience", type=seconds, default=60.0, metavar="S",
+                        help="give up when a disk's predicted pause gets no shorter for so long "
+                             "(default: %(default)g)")
+    parser.add_argument("--rate", type=rate, metavar="RATE",
+                        help="send each disk no faster, such as 40M (bytes a second)")
+    parser.add_argument("--max-rate", type=rate, metavar="RATE",
+                        help="how far --rate may be raised, if a disk would not converge otherwise")
+    parser.add_argument("--memory-rate", type=rate, metavar="RATE",
+                        help="send the memory no faster (default: as QEMU's max-bandwidth is set)")
+    parser.add_argument("--throttle-floor", type=floor, metavar="RATE",
+                        help="slow the guest's writes down to this at the least, if a disk would not converge, or "
+                             "'off': never, nor its processors (default: half of what is sent)")
+    parser.add_argument("--max-time", type=seconds, metavar="S",
+                        help="give up when the disks are not done after so long")
+    parser.add_argument("--peer-timeout", type=some_seconds, default=10.0, metavar="S",
+                        help="a replica that is silent for so long is gone (default: %(default)g s)")
+    parser.add_argument("--overwrite", action="store_true",
+                        help="send full copies, whatever else the replicas hold")
+    parser.add_argument(UNCHECKED, action="store_true",
+                        help="do not compare the guest's disks with --disk: it has others, on shared storage "
+                             "maybe, or QEMU knows them by other names")
+    parser.add_argument("--key", type=Path, metavar="FILE",
+                        help="the secret key of this host: encrypt and authenticate what goes to the replicas")
+    parser.add_argument("--server-key", type=Path, metavar="FILE", help="with --key: the replicas' public key")
+    parser.add_argument("--insecure", action="store_true",
+                        help="send disks without keys, or memory without QEMU's tls-creds, to another host")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line: states, progress, the report")
+    options = parser.parse_args(arguments)
+    if options.max_rate is not None and (options.rate is None or options.max_rate < options.rate):
+        parser.error("--max-rate goes with a lower --rate")
+    if (options.key is None) != (options.server_key is None):
+        parser.error("--key and --server-key go together")
+    return options
+
+
+def prepare_memory(options: argparse.Namespace, monitor: Monitor) -> Memories:
+    """Check that QEMU can migrate; what to tell it."""
+    status = monitor.call("query-migrate").get("status")
+    if status in UNDER_WAY:
+        fate = ", and the guest stands still" if status == STOPPED else ""
+        raise ReplicationError(f"a migration of this guest is under way already ({status}){fate}",
+                               hint="'migrate_cancel' in QEMU's monitor ends it, and the guest runs on")
+    may_throttle = options.throttle_floor != 0
+    capabilities = capabilities_to_set(monitor.call("query-migrate-capabilities"), may_throttle)
+    former: dict[str, Any] = monitor.call("query-migrate-parameters")
+    check_memory_uri(options.to, bool(former.get("tls-creds")) or options.insecure)
+    parameters = {"downtime-limit": int(options.downtime * 1000)}
+    if options.memory_rate is not None:
+        parameters["max-bandwidth"] = int(options.memory_rate)
+    return Memories(options.to, capabilities, parameters, {name: int(former[name]) for name in parameters})
+
+
+def prepare_destination(uri: str, monitor: Monitor) -> None:
+    """Check that the QEMU at the destination waits for a guest; have it listen if it waits for that."""
+    status = monitor.call("query-status")["status"]
+    if status != "inmigrate":
+        raise ReplicationError(f"{monitor.name}: the destination QEMU is {status}: it waits for no guest",
+                               hint="start it with -incoming")
+    answer = monitor.call("query-migrate")
+    if not ("status" in answer or "socket-address" in answer):  # -incoming defer
+        monitor.call("migrate-incoming", uri=uri)
+
+
+def exports(run_dir: Path, name: str) -> list[str]:
+    """The URIs at which a disk is served."""
+    with find_disk(run_dir, name) as control:
+        return list(control.call("info", disk=name)["uris"])
+
+
+def run(options: argparse.Namespace) -> int:
+    """Migrate as the options say. WritelogError if it fails."""
+    disks = parse_disks(options.disk)
+    parse_monitor(options.qmp)
+    for endpoint in disks.values():
+        check_endpoint(endpoint, options.key is not None, options.insecure)
+    keys = load_keys(options.key) if options.key else None
+    server_public = load_public_key(options.server_key) if options.server_key else None
+    peers = {name: Peer(endpoint, keys, server_public, options.peer_timeout) for name, endpoint in disks.items()}
+    limits = Limits(options.downtime, options.patience, options.max_pause, options.max_time, options.rate,
+                    options.max_rate, options.throttle_floor != 0, options.throttle_floor or None)
+    run_dir = options.run_dir or default_run_dir()
+    reporter = MigrationReporter("json" if options.json else "tty" if sys.stdout.isatty() else "plain")
+    with ExitStack() as stack:
+        stack.callback(reporter.close)
+        migration = None
+        try:
+            sources = {name: stack.enter_context(closing(Source(run_dir, name, options.log))) for name in disks}
+            monitor = stack.enter_context(closing(Monitor(options.qmp)))
+            if not options.no_disk_check:
+                check_disks(monitor.call("query-block"), {name: exports(run_dir, name) for name in disks})
+            memories = prepare_memory(options, monitor)
+            destination = stack.enter_context(closing(Monitor(options.dest_qmp))) if options.dest_qmp else None
+            if destination is not None:
+                prepare_destination(options.to, destination)
+            was_running = bool(monitor.call("query-status")["running"])
+            migration = Migration(monitor, destination, memories, run_dir, sources, peers, limits, reporter,
+                                  overwrite=options.overwrite, was_running=was_running)
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, migration.interrupt)
+            report = migration.run()
+        except WritelogError as error:
+            reporter.failed(str(error))
+            if migration is not None and migration.was_interrupted:
+                print(f"writelog-migrate: {error}", file=sys.stderr)
+                return 130
+            raise
+        reporter.end(report.figures(), report.lines())
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns the exit code."""
+    options = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+    return run_command(lambda: run(options), "writelog-migrate")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,150 @@
+"""What QEMU's monitor and the command line say about a migration: is it possible, and how far is it? No I/O.
+
+QEMU's commands and answers: https://www.qemu.org/docs/master/interop/qemu-qmp-ref.html
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from tapcore.errors import ReplicationError, UsageError, WritelogError
+from tapcore.nbd.address import NbdAddress, parse_address
+from tapcore.text import size_text
+
+CAPABILITIES: Final = ("events", "pause-before-switchover", "return-path")
+"""What QEMU's migration must be able to do. The last: the destination says whether it runs."""
+THROTTLE_CAPABILITY: Final = "auto-converge"
+UNCHECKED: Final = "--no-disk-check"
+ENDED_BADLY: Final = frozenset({"failed", "cancelled", "cancelling"})
+STOPPED: Final = "pre-switchover"
+UNDER_WAY: Final = frozenset({"setup", "active", "device", STOPPED, "cancelling", "wait-unplug",
+                              "postcopy-active", "postcopy-paused", "postcopy-recover", "colo"})
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What QEMU says of the memory that it copies."""
+
+    sent_bytes: int
+    remaining_bytes: int
+    total_bytes: int
+    rate: float
+    """Bytes a second."""
+
+    def __str__(self) -> str:
+        return (f"sent {size_text(self.sent_bytes)} at {size_text(self.rate)}/s, "
+                f"remaining {size_text(self.remaining_bytes)} of {size_text(self.total_bytes)}")
+
+
+def memory_of(answer: Mapping[str, Any]) -> Memory | None:
+    """Of the answer to query-migrate."""
+    ram = answer.get("ram")
+    if not isinstance(ram, dict):
+        return None
+    return Memory(int(ram.get("transferred", 0)), int(ram.get("remaining", 0)), int(ram.get("total", 0)),
+                  float(ram.get("mbps", 0.0)) * 1e6 / 8)
+
+
+def capabilities_to_set(answer: Iterable[Mapping[str, Any]], may_throttle: bool) -> dict[str, bool]:
+    """Of the answer to query-migrate-capabilities: those that are off and to be on. ReplicationError if this QEMU
+    lacks one."""
+    states = {str(item["capability"]): bool(item["state"]) for item in answer}
+    wanted = [*CAPABILITIES, *([THROTTLE_CAPABILITY] if may_throttle else [])]
+    missing = [name for name in wanted if name not in states]
+    if missing:
+        raise ReplicationError(f"this QEMU's migration lacks {', '.join(missing)}",
+                               hint="QEMU 4.0 or newer has it")
+    return {name: True for name in wanted if not states[name]}
+
+
+def check_memory_uri(uri: str, may_leave: bool) -> None:
+    """UsageError unless `uri` is tcp:HOST:PORT or unix:/path, and on this machine if it may not leave it."""
+    kind, _, place = uri.partition(":")
+    host, _, port = place.rpartition(":")
+    if kind == "unix" and place:
+        return
+    if kind != "tcp" or not host or not port.isdecimal():
+        raise UsageError(f"{uri!r} is no place to migrate to", hint="write it like tcp:192.0.2.7:4444")
+    if not may_leave and not NbdAddress(host=host.strip("[]")).loopback:
+        raise UsageError(f"{uri} is not on this machine, and without TLS anyone on the way can read and change "
+                         "the guest's memory", hint="set tls-creds with 'migrate-set-parameters' in QEMU's "
+                                                    "monitor, or give --insecure")
+
+
+def parse_disk(text: str) -> tuple[str, str]:
+    """(disk, where its replica listens) of an option NAME=tcp://HOST:PORT."""
+    name, equals, endpoint = text.partition("=")
+    if not name or not equals or not endpoint:
+        raise UsageError(f"{text!r} names no disk and its replica", hint="write it like vm1=tcp://192.0.2.7:5599")
+    return name, endpoint
+
+
+def parse_disks(texts: Iterable[str]) -> dict[str, str]:
+    """`parse_disk` of all. UsageError if two are the same disk, or go to the same replica."""
+    disks: dict[str, str] = {}
+    for text in texts:
+        name, endpoint = parse_disk(text)
+        if name in disks:
+            raise UsageError(f"disk {name!r} is named twice", hint="a disk moves to one replica")
+        if endpoint in disks.values():
+            raise UsageError(f"{endpoint} is named twice", hint="each disk needs a writelog-replica of its own")
+        disks[name] = endpoint
+    return disks
+
+
+def address_of(filename: str) -> NbdAddress | None:
+    """The NBD export that QEMU means by the name of an image, if it is one."""
+    try:
+        if not filename.startswith("json:"):
+            return parse_address(filename) if filename.startswith("nbd") else None
+        options = json.loads(filename.removeprefix("json:"))
+    except (WritelogError, ValueError):
+        return None
+    while isinstance(options.get("file"), dict):
+        options = options["file"]
+    server = options.get("server") if isinstance(options.get("server"), dict) else {}
+    path = options.get("path") or options.get("server.path") or server.get("path")
+    host = options.get("host") or options.get("server.host") or server.get("host")
+    port = options.get("port") or options.get("server.port") or server.get("port")
+    export = str(options.get("export") or "")
+    if options.get("driver") != "nbd" or not (path or host):
+        return None
+    if path:
+        return NbdAddress(export, path=str(path))
+    return NbdAddress(export, host=str(host), port=int(port or NbdAddress.port))
+
+
+def check_disks(blocks: Iterable[Mapping[str, Any]], exports: Mapping[str, Iterable[str]]) -> None:
+    """Of the answer to query-block: is each disk's export (`exports` has its URIs) one of the guest's, and every
+    writable disk of the guest one of them? ReplicationError if not."""
+    ours = {name: {_key(parse_address(uri)) for uri in uris} for name, uris in exports.items()}
+    found: set[str] = set()
+    strangers: list[str] = []
+    for block in blocks:
+        inserted = block.get("inserted")
+        if not isinstance(inserted, dict):
+            continue
+        filename = str(inserted.get("file", ""))
+        address = address_of(filename)
+        names = {name for name, keys in ours.items() if address is not None and _key(address) in keys}
+        found |= names
+        if not names and not inserted.get("ro"):
+            strangers.append(f"{block.get('device') or block.get('qdev') or '?'} ({filename})")
+    for name in ours:
+        if name not in found:
+            raise ReplicationError(f"the guest has no disk on the export of {name!r}",
+                                   hint="is it another guest's? query-block in QEMU's monitor shows its own; if "
+                                        f"it has this one under another name: {UNCHECKED}")
+    if strangers:
+        raise ReplicationError(f"the guest also writes to {', '.join(strangers)}",
+                               hint="give each with --disk; or, if the destination has it already, such as on "
+                                    f"shared storage: {UNCHECKED}")
+
+
+def _key(address: NbdAddress) -> tuple[str, str]:
+    host = "127.0.0.1" if address.host == "localhost" else address.host
+    return address.export, os.path.realpath(address.path) if address.path is not None else f"{host}:{address.port}"

@@ -1,0 +1,351 @@
+"""Drives a migration: a sync for each disk, in a thread, and QEMU's own migration of the memory, by its monitor.
+
+What to do next is in `writelog.migrate_plan`; how far each sync may go is said by its gate (`writelog.sync_gate`).
+Never may the guest run at both ends, nor stand still at both: until the first replica is promoted, whatever fails
+lets it run on here; from then on its disks are at the destination, those here are fenced, and what fails is told.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from tapcore.errors import ReplicationError, WritelogError
+from writelog.migrate_check import ENDED_BADLY, STOPPED, Memory, memory_of
+from writelog.migrate_guard import Guard
+from writelog.migrate_plan import FINAL, NO_RETURN, PAUSED, TABLE, Action, Event, State, how_to_go_back
+from writelog.migrate_qmp import Monitor, MonitorError
+from writelog.migrate_report import DiskReporter, MigrationReport, MigrationReporter, downtime_parts
+from writelog.migrate_undo import cancel_memory, reconnected, status_of, stop_guest
+from writelog.plan import Limits
+from writelog.sync_gate import Aborted, Gate, Group, Step
+from writelog.sync_link import Peer
+from writelog.sync_report import STALLED, Report
+from writelog.sync_run import Sync
+from writelog.sync_source import Source
+from writelog.sync_stop import Interrupted
+
+POLL_S: Final = 0.05
+PAUSED_POLL_S: Final = 0.005
+"""While the guest stands still."""
+MEMORY_POLL_S: Final = 0.2
+"""How often to ask for figures."""
+PROMOTE_S: Final = 60.0
+"""Longest wait for the promotion of replicas that have confirmed all: their link may have dropped just now."""
+MOVE_S: Final = 120.0
+"""Longest wait for the rest of the memory to be sent, and the guest to start."""
+JOIN_S: Final = 60.0
+"""Longest wait for a sync to give up."""
+
+
+class Fault(Exception):
+    """Why a migration does not go on."""
+
+
+@dataclass(frozen=True)
+class Memories:
+    """How QEMU is to move the memory: where to, with which capabilities and parameters."""
+
+    uri: str
+    capabilities: Mapping[str, bool]
+    """Those to be changed."""
+    parameters: Mapping[str, int]
+    former_parameters: Mapping[str, int]
+
+
+class DiskSync:
+    """One disk's sync, in a thread of its own."""
+
+    def __init__(self, source: Source, peer: Peer, limits: Limits, gate: Gate, overwrite: bool) -> None:
+        self.report: Report | None = None
+        self.error: WritelogError | None = None
+        self.reporter = DiskReporter()
+        self._source = source
+        self._sync = Sync(source, peer, limits, self.reporter, overwrite=overwrite, gate=gate)
+        self._thread = threading.Thread(target=self._run, name=source.name, daemon=True)
+        self.start = self._thread.start
+
+    def _run(self) -> None:
+        try:
+            self.report = self._sync.run()
+        except WritelogError as error:
+            self.error = error
+        except Interrupted:
+            self.error = ReplicationError(f"the sync of disk {self._source.name!r} was cancelled")
+        except BaseException as error:
+            self.error = ReplicationError(f"the sync of disk {self._source.name!r} failed: {error!r}")
+            raise
+
+    def join(self) -> bool:
+        """Wait for its end, which is to be near; whether it came."""
+        if self._thread.ident is not None:
+            self._thread.join(JOIN_S)
+        return not self._thread.is_alive()
+
+
+class Migration:
+    """Of one guest. `peers` has the replica of each source."""
+
+    def __init__(self, monitor: Monitor, destination: Monitor | None, memories: Memories, run_dir: Path,
+                 sources: Mapping[str, Source], peers: Mapping[str, Peer], limits: Limits,
+                 reporter: MigrationReporter, *, overwrite: bool, was_running: bool) -> None:
+        self._interrupted = False
+        self.state = State.DISKS
+        self._monitor = monitor
+        self._destination = destination
+        self._memories = memories
+        self._run_dir = run_dir
+        self._peers = peers
+        self._limits = limits
+        self._reporter = reporter
+        self._was_running = was_running
+        self._group = Group(peers)
+        self._disks = {name: DiskSync(source, peers[name], limits, self._group.gates[name], overwrite)
+                       for name, source in sources.items()}
+        self._guard: Guard | None = None
+        self._memory: Memory | None = None
+        self._asked_s = 0.0
+        self._start_s = time.monotonic()
+        self._marks: dict[str, float] = {}
+        """When the guest was stopped, and when each step after that was done."""
+        self._state_s = self._start_s
+        self._fault = ""
+        self._warning = ""
+        self._actions: dict[Action, Callable[[], None]] = {
+            Action.COPY_MEMORY: self._copy_memory, Action.SEND_LAST_ROUND: lambda: self._mark("stop"),
+            Action.HAND_OVER: lambda: self._mark("last round"), Action.PROMOTE: lambda: self._mark("hand over"),
+            Action.CONTINUE: self._continue, Action.FINISH: lambda: self._mark("move"),
+            Action.UNDO: self._undo, Action.STRAND: self._strand}
+
+    def run(self) -> MigrationReport:
+        """To the end. ReplicationError if the guest does not run at the destination; it says where it is."""
+        try:
+            for disk in self._disks.values():
+                disk.start()
+            while self.state not in FINAL:
+                try:
+                    self._go_on(self._next())
+                except Fault as fault:
+                    self._fault = str(fault)
+                    self._go_on(Event.FAULT)
+                except MonitorError as error:
+                    self._fault = error.message
+                    self._go_on(Event.FAULT)
+            return self._report()
+        finally:
+            self._group.abort("the migration failed")
+            if self._guard is not None:
+                self._guard.close(self.state in FINAL)
+            if all(disk.join() for disk in self._disks.values()):
+                self._group.close()
+
+    def interrupt(self, *_: object) -> None:
+        """Give up, if that is still possible. For signal handlers."""
+        self._interrupted = True
+
+    @property
+    def was_interrupted(self) -> bool:
+        return self._interrupted
+
+    def _go_on(self, event: Event | None) -> None:
+        if event is None:
+            self._reporter.moving(time.monotonic() - self._start_s,
+                                  {name: disk.reporter for name, disk in self._disks.items()}, self._memory)
+            return
+        self.state, action = TABLE[self.state, event]
+        self._state_s = time.monotonic()
+        self._reporter.state(self.state.value)
+        self._actions[action]()
+
+    def _mark(self, name: str) -> None:
+        self._marks[name] = time.monotonic()
+
+    # What happens
+
+    def _next(self) -> Event | None:
+        """What has happened, if anything did after a short while. Fault or MonitorError if it is a reason not to
+        go on."""
+        if self._interrupted and self.state not in NO_RETURN:
+            raise Fault("interrupted")
+        for name, disk in self._disks.items():
+            if disk.error is not None:
+                raise Fault(f"disk {name!r}: {disk.error}")
+        group, state = self._group, self.state
+        in_state_s = time.monotonic() - self._state_s
+        if state in PAUSED and time.monotonic() - self._marks["begin"] > self._limits.max_pause_s:
+            raise Fault(f"the guest has stood still for {self._limits.max_pause_s:g} s, while {self._laggards()}")
+        if state is State.DISKS:
+            self._take_events(POLL_S)
+            return Event.READY if group.have(Step.READY) else None
+        if state is State.MEMORY:
+            self._ask_memory()
+            return Event.STOPPED if self._take_events(POLL_S) == STOPPED else None
+        if state is State.LAST_ROUND:
+            for name, disk in self._disks.items():
+                if disk.reporter.current == STALLED:
+                    raise Fault(f"disk {name!r} is {STALLED} just when the guest was stopped")
+            group.allow(Step.CONFIRMED)
+            return Event.CONFIRMED if self._wait_for(Step.CONFIRMED) else None
+        if state is State.HANDING_OVER:
+            group.allow(Step.HANDED_OVER)
+            return Event.HANDED_OVER if self._wait_for(Step.HANDED_OVER) and self._may_promote() else None
+        if state is State.PROMOTING:
+            if in_state_s > PROMOTE_S:
+                raise Fault(f"a replica could not be promoted for {PROMOTE_S:g} s")
+            return Event.PROMOTED if self._wait_for(Step.PROMOTED) else None
+        if in_state_s > MOVE_S:
+            raise Fault(f"QEMU has not sent the rest of the memory in {MOVE_S:g} s")
+        return Event.MOVED if self._take_events(PAUSED_POLL_S) == "completed" or self._has_moved() else None
+
+    def _laggards(self) -> str:
+        waiting = [f"{name} was {disk.reporter.current}" for name, disk in self._disks.items()
+                   if self._group.gates[name].reached < Step.CONFIRMED]
+        return ", ".join(waiting) or "it was handed over"
+
+    def _wait_for(self, step: Step) -> bool:
+        """Whether all syncs have come to `step` after a short while."""
+        if self._group.wait(step, PAUSED_POLL_S):
+            return True
+        self._take_events(0)
+        return False
+
+    def _may_promote(self) -> bool:
+        """The last look at QEMU before the point of no return. False if a sync was the first to give up."""
+        if status_of(self._monitor) != STOPPED:
+            raise Fault("QEMU does not wait for the disks any more")
+        assert self._guard is not None
+        self._guard.promoting()
+        return self._group.allow(Step.PROMOTED)
+
+    def _take_events(self, wait_s: float) -> str:
+        """The last status of the migration that QEMU tells of in what happens within `wait_s`; "" if it tells of
+        none. Fault if it ended badly, or the guest has."""
+        status = ""
+        for name, data in self._monitor.events(wait_s):
+            if name == "STOP":
+                self._marks.setdefault("begin", time.monotonic())
+            elif name == "RESUME" and self.state is State.MEMORY:
+                self._marks.pop("begin", None)
+            elif name == "MIGRATION":
+                status = str(data.get("status", ""))
+            elif name == "SHUTDOWN" and self.state is not State.MOVING:
+                raise Fault("the guest has shut down")
+            if status in ENDED_BADLY:
+                raise Fault(self._why_ended(status))
+        if status == STOPPED:
+            self._marks.setdefault("begin", time.monotonic())
+        return status
+
+    def _why_ended(self, status: str) -> str:
+        why = self._monitor.call("query-migrate").get("error-desc")
+        if status == "failed":
+            return f"QEMU's migration failed: {why or 'the destination QEMU broke it off'}"
+        return "QEMU's migration was cancelled by somebody else"
+
+    def _ask_memory(self) -> None:
+        now_s = time.monotonic()
+        if now_s - self._asked_s < MEMORY_POLL_S:
+            return
+        self._asked_s = now_s
+        answer: dict[str, Any] = self._monitor.call("query-migrate")
+        self._memory = memory_of(answer) or self._memory
+        if answer.get("status") in ENDED_BADLY:
+            raise Fault(self._why_ended(answer["status"]))
+
+    def _has_moved(self) -> bool:
+        """Asked, in case the event was missed."""
+        now_s = time.monotonic()
+        if now_s - self._asked_s < MEMORY_POLL_S:
+            return False
+        self._asked_s = now_s
+        return status_of(self._monitor) == "completed"
+
+    # What is done about it
+
+    def _copy_memory(self) -> None:
+        monitor, memories = self._monitor, self._memories
+        self._guard = Guard(monitor.name, self._run_dir,
+                            {name: peer.endpoint for name, peer in self._peers.items()}, self._was_running)
+        self._set(memories.capabilities, memories.parameters)
+        monitor.call("migrate", uri=memories.uri)
+
+    def _set(self, capabilities: Mapping[str, bool], parameters: Mapping[str, int]) -> None:
+        if capabilities:
+            self._monitor.call("migrate-set-capabilities", capabilities=[
+                {"capability": name, "state": state} for name, state in capabilities.items()])
+        if parameters:
+            self._monitor.call("migrate-set-parameters", **parameters)
+
+    def _continue(self) -> None:
+        self._mark("promote")
+        self._monitor.call("migrate-continue", state=STOPPED)
+
+    def _undo(self) -> None:
+        """Have the guest run on here."""
+        self._group.abort(self._fault)
+        problems: list[str] = []
+        try:
+            self._cancel_memory()
+        except WritelogError as error:
+            problems.append(str(error))
+        for name, disk in self._disks.items():
+            if not disk.join():
+                problems.append(f"the sync of disk {name!r} does not end")
+            elif disk.error and not isinstance(disk.error, Aborted) and str(disk.error) not in self._fault:
+                problems.append(str(disk.error))
+        fate = "the guest runs on here" if self._was_running else "the guest is here, paused as it was"
+        if problems:
+            fate = "; ".join(problems)
+        raise ReplicationError(f"{self._fault}; {fate}")
+
+    def _cancel_memory(self) -> None:
+        try:
+            cancel_memory(self._monitor, self._was_running)
+        except MonitorError as error:
+            monitor = reconnected(self._monitor.name)
+            if monitor is None:
+                raise ReplicationError(
+                    f"{error.message}; the disks go on here",
+                    hint="if QEMU runs, give it 'migrate_cancel' and 'cont', or the guest stands still") from error
+            self._monitor = monitor
+            cancel_memory(monitor, self._was_running)
+        memories = self._memories
+        self._set({name: not state for name, state in memories.capabilities.items()}, memories.former_parameters)
+
+    def _strand(self) -> None:
+        """After the point of no return: see that it does not run here, and say what is where. If the destination
+        is known to run, then all is well but for what failed."""
+        was_sent = "promote" in self._marks
+        with contextlib.suppress(MonitorError):  # its disks are fenced, whatever it does
+            stop_guest(self._monitor)
+        if was_sent and self._runs_there():
+            self._warning = self._fault
+            self._mark("move")
+            self.state = State.DONE
+            return
+        promoted = [name for name, gate in self._group.gates.items() if gate.reached is Step.PROMOTED]
+        raise ReplicationError(
+            f"{self._fault}; all disks were handed over, and the replicas of {', '.join(promoted) or 'none'} have "
+            f"said that they are promoted", hint=how_to_go_back(self._peers, was_sent))
+
+    def _runs_there(self) -> bool:
+        try:
+            return self._destination is not None and bool(self._destination.call("query-status")["running"])
+        except MonitorError:
+            return False
+
+    def _report(self) -> MigrationReport:
+        reports: list[Report] = []
+        for disk in self._disks.values():
+            disk.join()
+            if disk.report is not None:
+                reports.append(disk.report)
+        with contextlib.suppress(MonitorError):  # QEMU may have ended
+            self._memory = memory_of(self._monitor.call("query-migrate")) or self._memory
+        return MigrationReport(reports, self._memory, self._memories.uri, time.monotonic() - self._start_s,
+                               downtime_parts(self._marks, reports), self._warning)

@@ -1,0 +1,75 @@
+"""How a migration that is not to be is undone: QEMU's part of it, and the disks of one whose program died."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any, Final
+
+from tapcore.control import find_disk
+from tapcore.errors import ControlError, ReplicationError, WritelogError
+from writelog.migrate_check import UNDER_WAY
+from writelog.migrate_qmp import Monitor
+
+POLL_S: Final = 0.02
+SETTLE_S: Final = 10.0
+"""Longest wait for QEMU, or a tapdisk, to have done what it was told to."""
+STANDS_STILL: Final = frozenset({"paused", "postmigrate", "finish-migrate"})
+
+
+def status_of(monitor: Monitor) -> str:
+    """Of QEMU's migration; "none" if there was none."""
+    return str(monitor.call("query-migrate").get("status", "none"))
+
+
+def cancel_memory(monitor: Monitor, was_running: bool) -> None:
+    """End QEMU's migration, if there is one, and see that a guest that ran runs on. MonitorError or
+    ReplicationError if that cannot be had."""
+    if status_of(monitor) in UNDER_WAY:
+        monitor.call("migrate_cancel")
+    deadline_s = time.monotonic() + SETTLE_S
+    while True:
+        ended = status_of(monitor) not in UNDER_WAY
+        status: dict[str, Any] = monitor.call("query-status")
+        if ended and (status["running"] or not was_running):
+            return
+        if ended and status["status"] in STANDS_STILL:
+            monitor.call("cont")
+        if time.monotonic() > deadline_s:
+            raise ReplicationError(f"the guest is {status['status']}, not running",
+                                   hint="'migrate_cancel' and 'cont' in QEMU's monitor let it run on")
+        monitor.events(POLL_S)
+
+
+def stop_guest(monitor: Monitor) -> None:
+    """See that the guest does not run here, whatever QEMU thinks of its migration."""
+    if monitor.call("query-status")["running"]:
+        monitor.call("stop")
+
+
+def free_disk(run_dir: Path, name: str, endpoint: str) -> None:
+    """Let a disk go on whose sync was killed before its replica was told anything. WritelogError if it cannot."""
+    deadline_s = time.monotonic() + SETTLE_S
+    with find_disk(run_dir, name) as control:
+        while True:
+            info = control.call("info", disk=name)
+            if str(info["fenced"]).endswith(f" {endpoint}"):
+                control.call("unpause", disk=name, force=True)
+                return
+            if info["state"] == "running":
+                return
+            if time.monotonic() > deadline_s:
+                raise ControlError(f"disk {name!r} is {info['state']}",
+                                   hint=f"tap-ctl unpause {name} lets it go on")
+            time.sleep(POLL_S)
+
+
+def reconnected(text: str) -> Monitor | None:
+    """The monitor at `text` again; None if it is not to be had, because its QEMU has ended maybe."""
+    deadline_s = time.monotonic() + SETTLE_S / 5
+    while time.monotonic() < deadline_s:
+        try:
+            return Monitor(text)
+        except WritelogError:
+            time.sleep(POLL_S)
+    return None

@@ -1,0 +1,121 @@
+"""The switch-over of several disks at once: each sync of a group stops at its gate until all have come so far.
+
+    COPYING ──▶ READY ──▶ CONFIRMED ──▶ HANDED_OVER ──▶ PROMOTED
+             in sync,   paused, the    the source is   the replica is
+             held       last round     fenced          the primary
+                        confirmed
+
+A sync tells its gate what it has reached; whoever drives the group says how far they may go. All have handed
+over before any replica is promoted, and up to that moment an abort takes everything back: the disks switch all
+together, or none does. Threads meet here and nowhere else: each sync runs in one, its driver in another.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import threading
+from collections.abc import Iterable
+from enum import IntEnum
+
+from tapcore.errors import ReplicationError
+
+
+class Step(IntEnum):
+    COPYING = 0
+    READY = 1
+    CONFIRMED = 2
+    HANDED_OVER = 3
+    PROMOTED = 4
+
+
+class Aborted(ReplicationError):
+    """The group does not switch over."""
+
+
+class Group:
+    """The syncs of the disks `names`; `gates` has a gate for each."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.changed = threading.Condition()
+        self.allowed = Step.READY
+        self.aborted: str | None = None
+        """Why, if it was."""
+        self.gates = {name: Gate(self) for name in names}
+
+    def close(self) -> None:
+        """When no sync runs any more."""
+        for gate in self.gates.values():
+            gate.close()
+
+    def have(self, step: Step) -> bool:
+        """Whether all have come as far as `step`."""
+        return all(gate.reached >= step for gate in self.gates.values())
+
+    def wait(self, step: Step, timeout_s: float) -> bool:
+        """`have(step)`, as soon as it is true; False after `timeout_s`."""
+        with self.changed:
+            return self.changed.wait_for(lambda: self.have(step), timeout_s)
+
+    def allow(self, step: Step) -> bool:
+        """Let all go on to `step`. False, and nothing changes, if one has not reached the step before."""
+        with self.changed:
+            if self.aborted is not None or not self.have(Step(step - 1)):
+                return False
+            self.allowed = step
+            self._tell()
+            return True
+
+    def abort(self, reason: str) -> bool:
+        """Have all give up and let their guests go on. False, and nothing changes, if they may promote already."""
+        with self.changed:
+            if self.allowed >= Step.PROMOTED:
+                return False
+            self.aborted = self.aborted or reason
+            self._tell()
+            return True
+
+    def _tell(self) -> None:
+        for gate in self.gates.values():
+            gate.tell()
+
+
+class Gate:
+    """Of one sync."""
+
+    def __init__(self, group: Group) -> None:
+        self.reached = Step.COPYING
+        self._group = group
+        self._fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._has_news = False
+
+    def fileno(self) -> int:
+        """Readable when there is something to `check`."""
+        return self._fd
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+    def tell(self) -> None:
+        os.eventfd_write(self._fd, 1)
+        self._has_news = True
+
+    def check(self) -> None:
+        """Take in the news. Aborted if the group does not switch over."""
+        if self._has_news:
+            self._has_news = False
+            with contextlib.suppress(BlockingIOError):
+                os.eventfd_read(self._fd)
+        if self._group.aborted is not None:
+            raise Aborted(self._group.aborted, errno=errno.ECANCELED)
+
+    def reach(self, step: Step) -> None:
+        """The sync is at `step` now, be it further or, when something went wrong, back."""
+        with self._group.changed:
+            self.reached = step
+            self._group.changed.notify_all()
+
+    def may(self, step: Step) -> bool:
+        """Whether the sync may go on to `step`."""
+        return self._group.allowed >= step
