@@ -141,8 +141,8 @@ class Migration:
             self._group.abort("the migration failed")
             if self._guard is not None:
                 self._guard.close(self.state in FINAL)
-            if all(disk.join() for disk in self._disks.values()):
-                self._group.close()
+            for disk in self._disks.values():
+                disk.join()
 
     def interrupt(self, *_: object) -> None:
         """Give up, if that is still possible. For signal handlers."""

@@ -16,6 +16,7 @@ from writelog.heat import SAMPLE_S
 from writelog.plan import Limits, Outlook
 from writelog.planner import Planner, Seen
 from writelog.sync_control import Wishes
+from writelog.sync_gate import Gate, Step
 from writelog.sync_pack import Packer
 from writelog.sync_pipeline import Pipeline, Portion
 from writelog.sync_report import CONVERGING, IN_SYNC, PAUSED, SYNCING, Progress
@@ -144,14 +145,14 @@ class Copier:
             self.planner.escalation.throttle = None
             self._source.slow_down(None)
 
-    def usual_state(self, wishes: Wishes, is_gated: bool) -> str:
-        """What to call the state of a sync that copies; one with a gate is held by that, too."""
+    def usual_state(self, wishes: Wishes, gate: Gate) -> str:
+        """What to call the state of a sync that copies; a closed gate holds it, too."""
         if wishes.is_paused:
             return PAUSED
         if not self.first_pass_done:
             return SYNCING
         fits = self.planner.outlook.pause_s <= wishes.limits.downtime_s
-        return IN_SYNC if fits and (wishes.is_held or is_gated) else CONVERGING
+        return IN_SYNC if fits and (wishes.is_held or not gate.may(Step.CONFIRMED)) else CONVERGING
 
     def progress(self) -> Progress:
         outlook, pipeline = self.planner.outlook, self.pipeline

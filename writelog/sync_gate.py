@@ -44,11 +44,6 @@ class Group:
         """Why, if it was."""
         self.gates = {name: Gate(self) for name in names}
 
-    def close(self) -> None:
-        """When no sync runs any more."""
-        for gate in self.gates.values():
-            gate.close()
-
     def have(self, step: Step) -> bool:
         """Whether all have come as far as `step`."""
         return all(gate.reached >= step for gate in self.gates.values())
@@ -82,11 +77,11 @@ class Group:
 
 
 class Gate:
-    """Of one sync."""
+    """Of one sync; without a group it is open."""
 
-    def __init__(self, group: Group) -> None:
+    def __init__(self, group: Group | None = None) -> None:
         self.reached = Step.COPYING
-        self._group = group
+        self._group = group or ALONE
         self._fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._has_news = False
 
@@ -95,11 +90,16 @@ class Gate:
         return self._fd
 
     def close(self) -> None:
-        os.close(self._fd)
+        """When the sync has ended."""
+        with self._group.changed:
+            os.close(self._fd)
+            self._fd = -1
 
     def tell(self) -> None:
-        os.eventfd_write(self._fd, 1)
-        self._has_news = True
+        """There is something to `check`. Called by the group, which holds its lock."""
+        if self._fd >= 0:
+            os.eventfd_write(self._fd, 1)
+            self._has_news = True
 
     def check(self) -> None:
         """Take in the news. Aborted if the group does not switch over."""
@@ -119,3 +119,12 @@ class Gate:
     def may(self, step: Step) -> bool:
         """Whether the sync may go on to `step`."""
         return self._group.allowed >= step
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the sync is in sync, and may switch."""
+        return self.reached >= Step.READY and self.may(Step.CONFIRMED)
+
+
+ALONE = Group(())
+ALONE.allowed = Step.PROMOTED

@@ -25,6 +25,7 @@ from writelog.backlog import Runs
 from writelog.client import LogClient, Response
 from writelog.sync_link import MAX_UNACKED_MESSAGES, Link
 from writelog.sync_pack import Packer
+from writelog.sync_report import Report
 from writelog.wire import MAX_ZERO_BYTES, Ack, Data, Packed, RunningDigest, Zero, checksum
 
 PIECE_BYTES: Final = 512 << 10
@@ -115,6 +116,12 @@ class Pipeline:
         self._bucket: Bucket | None = None
         self._block_bytes = reader.granularity_bytes
         self.reset(None, 0)
+
+    def count(self, report: Report) -> None:
+        """Fill the totals in."""
+        report.sent_bytes, report.zero_bytes = self.sent_bytes, self.zero_bytes
+        report.wire_bytes = self.wire_bytes
+        report.extra_bytes = self.sent_bytes - self.first_pass_bytes
 
     def go_on_counting(self, former: Pipeline) -> None:
         """Take over the totals of a pipeline that is given up."""

@@ -36,13 +36,11 @@ from writelog.sync_report import CONNECTING, CONVERGING, STALLED, SWITCHING, Rep
 from writelog.sync_source import Source
 from writelog.sync_stop import Interrupted, PauseTooLong, Stopwatch
 from writelog.wire import (
-    VERIFY_CHUNK_BYTES,
     VERSION,
     Ack,
     Barrier,
     Base,
     Content,
-    ContentDigest,
     Digest,
     Failure,
     Hello,
@@ -76,15 +74,14 @@ M = TypeVar("M", Welcome, Digest, Content, Promoted, Released)
 
 
 class Sync:
-    """One run for one disk. `interrupted` may be set by a signal handler. With a `gate` it switches over when that
-    lets it."""
+    """One run for one disk. `interrupted` may be set by a signal handler. `gate`: when it may switch over."""
 
     def __init__(self, source: Source, peer: Peer, limits: Limits, reporter: Reporter, *,
                  verify: bool = False, keep_running: bool = False, overwrite: bool = False,
                  compress: str = AUTO, wishes: Wishes | None = None, hooks: Hooks | None = None,
                  gate: Gate | None = None) -> None:
         self.interrupted = False
-        self._gate = gate
+        self._gate = gate or Gate()
         self._source = source
         self._peer = peer
         self._limits = limits
@@ -162,8 +159,8 @@ class Sync:
         except WritelogError as error:
             if not self._source.handed_over:
                 raise
-            if not self._may(Step.PROMOTED):
-                self._take_back(error)
+            if not self._gate.may(Step.PROMOTED):
+                self._source.take_back(error)
                 raise
             raise ReplicationError("the disk was handed over, but the replica did not say that it took over: "
                                    f"{error.message}", errno=error.errno,
@@ -171,16 +168,6 @@ class Sync:
                                         "lost, resume the primary by force with tap-ctl") from error
         finally:
             self._finish()
-
-    def _take_back(self, error: WritelogError) -> None:
-        """The replica was not told of the hand-over, and never will be."""
-        try:
-            self._source.take_back()
-        except WritelogError as failure:
-            raise ReplicationError(
-                f"{error.message}; disk {self._source.name!r} stays paused: {failure.message}",
-                errno=failure.errno,
-                hint=f"its replica was not promoted: tap-ctl unpause --force {self._source.name}") from error
 
     def _finish(self) -> None:
         if self._link is not None:
@@ -191,6 +178,7 @@ class Sync:
         with contextlib.suppress(WritelogError):
             self._source.reclaim()
         self._source.close()
+        self._gate.close()
         self._context.destroy(linger=0)
 
     # Connections
@@ -202,8 +190,7 @@ class Sync:
         self._replies.clear()
         self._poller = zmq.Poller()
         for pollable in (link.socket, link.monitor, self._source.log.fileno(), self._gate):
-            if pollable is not None:
-                self._poller.register(pollable, zmq.POLLIN)
+            self._poller.register(pollable, zmq.POLLIN)
         base = self._base or self._source.base()
         link.greet(Hello(VERSION, self._session, self._source.size_bytes, self._source.name, base,
                          self._overwrite))
@@ -232,7 +219,7 @@ class Sync:
     def _after_loss(self, lost: LinkLost) -> None:
         """Make good for a connection that dropped; ReplicationError if it never was one."""
         if not self._source.handed_over:
-            self._reach(Step.COPYING)
+            self._gate.reach(Step.COPYING)
         self._source.resume()
         self._watch = None
         assert self._link is not None
@@ -327,19 +314,16 @@ class Sync:
             if isinstance(message, Ack):
                 self._copier.ack = message
                 self._pipeline.on_ack(message)
-            elif isinstance(message, Refused):
-                raise ReplicationError(f"{self._peer.endpoint}: {message.message}", hint=message.hint or None)
-            elif isinstance(message, Failure):
-                raise ReplicationError(f"{self._peer.endpoint}: {message.message}", errno=message.errno,
-                                       hint=message.hint or None)
+            elif isinstance(message, Refused | Failure):
+                raise ReplicationError(f"{self._peer.endpoint}: {message.message}",
+                                       errno=getattr(message, "errno", None), hint=message.hint or None)
             else:
                 self._replies[type(message)] = message
         link.check()
 
     def _guard(self) -> None:
         """Interrupted, PauseTooLong or ReplicationError if there is a reason not to go on."""
-        if self._gate is not None:
-            self._gate.check()
+        self._gate.check()
         if self._source.handed_over:
             return
         self._control.turn()
@@ -377,13 +361,6 @@ class Sync:
         while not ready():
             self._pump()
 
-    def _may(self, step: Step) -> bool:
-        return self._gate is None or self._gate.may(step)
-
-    def _reach(self, step: Step) -> None:
-        if self._gate is not None:
-            self._gate.reach(step)
-
     # Copying
 
     def _converge_and_switch(self) -> Report:
@@ -394,6 +371,7 @@ class Sync:
                 break
             except PauseTooLong as reason:
                 self._watch = None
+                self._gate.reach(Step.COPYING)
                 self._source.resume()
                 self._planner.failed_pauses += 1
                 self._reporter.state(CONVERGING, str(reason))
@@ -402,40 +380,34 @@ class Sync:
             # still: a replica that holds the base has it all.
             self._barrier()
             self._promote()
-        report, pipeline = self._report, self._pipeline
+        report = self._report
         report.handed_over = self._source.handed_over
         report.pause_s = sum(report.pause_parts_s.values())
         report.digest = self._confirmed.hex()
         report.elapsed_s = time.monotonic() - self._start_s
-        report.sent_bytes, report.zero_bytes = pipeline.sent_bytes, pipeline.zero_bytes
-        report.wire_bytes = pipeline.wire_bytes
-        report.extra_bytes = pipeline.sent_bytes - pipeline.first_pass_bytes
+        self._pipeline.count(report)
         return report
 
     def _copy(self) -> None:
-        """Copy while the guest writes, until the plan says that it is time to switch, or the gate does."""
+        """Copy while the guest writes, until the plan says that it is time to switch, and the gate lets it."""
         copier, planner, gate = self._copier, self._planner, self._gate
-        while True:
+        while not gate.is_open:
             stalled = planner.outlook.stalled_s >= STALL_TOLD_S
             may_switch = self._wishes.may_switch
             copier.is_calm = not may_switch
-            self._reporter.state(STALLED if stalled else copier.usual_state(self._wishes, gate is not None))
+            self._reporter.state(STALLED if stalled else copier.usual_state(self._wishes, gate))
             if not self._wishes.is_paused:
                 copier.take_more()
             self._pump()
-            if gate is not None and gate.may(Step.CONFIRMED):
-                return
             if not copier.look_is_due:
                 continue
             copier.look()
             self._reporter.progress(copier.progress())
             decision = planner.decide()
             if decision.action == Action.SWITCH and may_switch and not self._wishes.is_paused:
-                if gate is None:
-                    return
                 gate.reach(Step.READY)
                 planner.hold()
-            elif gate is not None and planner.outlook.pause_s > self._limits.downtime_s:
+            elif planner.outlook.pause_s > self._limits.downtime_s:
                 gate.reach(Step.COPYING)
             if decision.action == Action.ESCALATE:
                 copier.escalate()
@@ -465,10 +437,8 @@ class Sync:
                 self._send(Release())
                 self._wait_for(Released, ANSWER_S)
         else:
-            self._reach(Step.CONFIRMED)
-            self._pump_until(lambda: self._may(Step.HANDED_OVER))
-            if self._gate is not None:
-                watch.lap("wait")
+            self._gate.reach(Step.CONFIRMED)
+            self._pump_until(lambda: self._gate.may(Step.HANDED_OVER))
             self._source.hand_over(self._peer.endpoint)
             watch.lap("hand over")
             self._promote()
@@ -509,23 +479,18 @@ class Sync:
         """Read the whole disk at both ends; ReplicationError if they differ."""
         self._send(Verify())
         self._pipeline.settle(SETTLE_S)
-        content = ContentDigest(self._source.size_bytes)
-        for offset, data in self._source.log.read_extents([(0, self._source.size_bytes)]):
-            content.set(offset // VERIFY_CHUNK_BYTES, data)
-            self._hear()
-            self._guard()
-        reply = self._wait_for(Content)
-        if reply.digest != content.digest():
+        own = self._source.content_digest(self._hear, self._guard)
+        if self._wait_for(Content).digest != own:
             raise ReplicationError("the replica's disk differs from the primary's",
                                    hint="does another process write to one of the images? then run the sync again")
         self._report.verified = True
 
     def _promote(self) -> None:
-        self._reach(Step.HANDED_OVER)
-        self._pump_until(lambda: self._may(Step.PROMOTED))
+        self._gate.reach(Step.HANDED_OVER)
+        self._pump_until(lambda: self._gate.may(Step.PROMOTED))
         self._send(Promote(self._confirmed))
         self._report.export = self._wait_for(Promoted, ANSWER_S).export
-        self._reach(Step.PROMOTED)
+        self._gate.reach(Step.PROMOTED)
         self._hooks.after(self._source.name, self._peer.endpoint)
 
     def _send(self, message: Message) -> None:

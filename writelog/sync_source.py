@@ -23,6 +23,7 @@ from writelog.backlog import chunk_runs
 from writelog.client import LogClient, Taken
 from writelog.sync_control import control_path
 from writelog.sync_pipeline import Portion, split
+from writelog.wire import VERIFY_CHUNK_BYTES, ContentDigest
 
 T = TypeVar("T")
 
@@ -230,6 +231,15 @@ class Source:
                    for is_zero, _, length in self._items(start, min(MAP_MAX_BYTES, self.size_bytes - start))
                    if not is_zero)
 
+    def content_digest(self, *meanwhile: Callable[[], None]) -> bytes:
+        """Of the whole disk, as the log reads it; each of `meanwhile` is called now and then."""
+        content = ContentDigest(self.size_bytes)
+        for offset, data in self.log.read_extents([(0, self.size_bytes)]):
+            content.set(offset // VERIFY_CHUNK_BYTES, data)
+            for action in meanwhile:
+                action()
+        return content.digest()
+
     # The guest
 
     def written_bytes(self) -> int:
@@ -277,9 +287,15 @@ class Source:
                                        errno=error.errno, hint=error.hint) from error
         self.handed_over = True
 
-    def take_back(self) -> None:
-        """Undo a hand-over of which the replica was not told: the guest goes on here."""
-        self._control.call("unpause", disk=self.name, force=True)
+    def take_back(self, reason: WritelogError) -> None:
+        """Undo a hand-over of which the replica was not told, because of `reason`: the guest goes on here.
+        ReplicationError, with the reason, if it does not."""
+        try:
+            self._control.call("unpause", disk=self.name, force=True)
+        except WritelogError as error:
+            raise ReplicationError(f"{reason.message}; disk {self.name!r} stays paused: {error.message}",
+                                   errno=error.errno, hint="its replica was not promoted: tap-ctl unpause --force "
+                                                           f"{self.name} lets the guest go on") from reason
         self.handed_over = self.paused = False
 
     def _was_handed_over(self, to: str) -> bool:
