@@ -69,8 +69,13 @@ class Script:
         self._socket = self._listen("tcp://127.0.0.1:0")
         self.endpoint = self._socket.get_string(zmq.LAST_ENDPOINT)
         self._stopping = threading.Event()
+        self._dropping = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
+
+    def drop(self) -> None:
+        """Drop the connection soon, and listen again."""
+        self._dropping.set()
 
     def forget(self) -> None:
         """As if started anew."""
@@ -93,6 +98,11 @@ class Script:
         try:
             peer, applied = b"", 0
             while not self._stopping.is_set():
+                if self._dropping.is_set():
+                    self._dropping.clear()
+                    peer, applied = b"", 0
+                    self._socket.close(linger=0)
+                    self._socket = self._listen_again()
                 if not self._socket.poll(20):
                     if peer:
                         self._answer(peer, Ack(applied, applied if self.durable else 0, 0, 0))

@@ -127,6 +127,7 @@ PURE = [
     "writelog.wire", "writelog.plan", "writelog.planner", "writelog.simulate",
     "writelog.backlog", "writelog.heat", "writelog.pace", "writelog.forecast",
     "writelog.ring", "tapcore.bucket",
+    "writelog.migrate_plan", "writelog.migrate_check",
     "writelog.generations", "writelog.sidecar_layout", "writelog.activity",
     "writelog.control", "writelog.dirtymap", "writelog.bitmap", "tapcore.formats.extents",
     "tapcore.formats.tables", "tapcore.formats.qcow2.layout", "tapcore.formats.qcow2.mapping",

@@ -101,21 +101,21 @@ def address_of(filename: str) -> NbdAddress | None:
     try:
         if not filename.startswith("json:"):
             return parse_address(filename) if filename.startswith("nbd") else None
-        options = json.loads(filename.removeprefix("json:"))
+        options: Any = json.loads(filename.removeprefix("json:"))
     except (WritelogError, ValueError):
         return None
-    while isinstance(options.get("file"), dict):
+    while isinstance(options, dict) and isinstance(options.get("file"), dict):
         options = options["file"]
-    server = options.get("server") if isinstance(options.get("server"), dict) else {}
-    path = options.get("path") or options.get("server.path") or server.get("path")
-    host = options.get("host") or options.get("server.host") or server.get("host")
-    port = options.get("port") or options.get("server.port") or server.get("port")
-    export = str(options.get("export") or "")
-    if options.get("driver") != "nbd" or not (path or host):
+    if not isinstance(options, dict) or options.get("driver") != "nbd":
         return None
+    server = options.get("server")
+    if not isinstance(server, dict):
+        server = {key.removeprefix("server."): value for key, value in options.items()}
+    export, path, host = str(options.get("export") or ""), server.get("path"), server.get("host")
     if path:
         return NbdAddress(export, path=str(path))
-    return NbdAddress(export, host=str(host), port=int(port or NbdAddress.port))
+    port = str(server.get("port") or NbdAddress.port)
+    return NbdAddress(export, host=str(host), port=int(port)) if host and port.isdecimal() else None
 
 
 def check_disks(blocks: Iterable[Mapping[str, Any]], exports: Mapping[str, Iterable[str]]) -> None:
