@@ -77,6 +77,6 @@ def how_to_go_back(disks: Iterable[str], is_moving: bool) -> str:
     unpause = " and ".join(f"tap-ctl unpause --force {name}" for name in disks)
     if is_moving:
         return ("if the guest runs there, quit QEMU here; if it does not, end QEMU and the replicas there, then "
-                f"here {unpause}, and 'cont' in QEMU's monitor")
+                f"here {unpause}, and then 'cont' in QEMU's monitor, which may not answer before")
     return (f"the guest has not run there: end QEMU and the replicas there, then here {unpause}, and "
             f"'migrate_cancel' in QEMU's monitor")

@@ -49,6 +49,7 @@ class Monitor:
 
     def __init__(self, text: str) -> None:
         self.name = text
+        self.answer_s = ANSWER_S
         logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)  # what it knows is in the exceptions, too
         self._loop = get_or_create_event_loop()
         self._client = QMPClient()
@@ -72,11 +73,11 @@ class Monitor:
     def call(self, command: str, **arguments: object) -> Any:
         """The answer to a command. Refusal if it is an error."""
         try:
-            return self._wait(self._client.execute(command, arguments), ANSWER_S)
+            return self._wait(self._client.execute(command, arguments), self.answer_s)
         except ExecuteError as error:
             raise Refusal(f"{self.name}: QEMU refused {command}: {error}") from None
         except TimeoutError:
-            raise self._error(f"QEMU did not answer {command} within {ANSWER_S:g} s") from None
+            raise self._error(f"QEMU did not answer {command} within {self.answer_s:g} s") from None
         except (QMPError, OSError, EOFError):
             raise self._gone() from None
 

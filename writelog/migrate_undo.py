@@ -14,6 +14,8 @@ from writelog.migrate_qmp import Monitor
 POLL_S: Final = 0.02
 SETTLE_S: Final = 10.0
 """Longest wait for QEMU, or a tapdisk, to have done what it was told to."""
+STOP_S: Final = 2.0
+"""Longest wait for QEMU to say that a guest is stopped."""
 STANDS_STILL: Final = frozenset({"paused", "postmigrate", "finish-migrate"})
 
 
@@ -42,7 +44,10 @@ def cancel_memory(monitor: Monitor, was_running: bool) -> None:
 
 
 def stop_guest(monitor: Monitor) -> None:
-    """See that the guest does not run here, whatever QEMU thinks of its migration."""
+    """See that the guest does not run here, whatever QEMU thinks of its migration. It halts at once, but
+    QEMU does not answer before its disks do: if the guest has asked something of a fenced one, only once that is
+    resumed."""
+    monitor.answer_s = STOP_S
     if monitor.call("query-status")["running"]:
         monitor.call("stop")
 

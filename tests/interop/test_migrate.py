@@ -325,11 +325,12 @@ def test_the_destination_dies_when_it_has_the_disks(
     error = capsys.readouterr().err
     assert "the replicas of vm0 have said that they are promoted" in error
     assert "tap-ctl unpause --force vm0" in error
+    written = len(move.acknowledged)
     move.replicas[0].terminate()
+    with find_disk(move.tapdisks[0].run_dir, "vm0") as control:
+        control.call("unpause", disk="vm0", force=True)
     with closing(Monitor(move.here.monitor)) as monitor:
-        assert not monitor.call("query-status")["running"]
-        with find_disk(move.tapdisks[0].run_dir, "vm0") as control:
-            control.call("unpause", disk="vm0", force=True)
+        assert not monitor.call("query-status")["running"] and len(move.acknowledged) <= written + 1
         monitor.call("cont")
     move.is_here()
     move.end()
