@@ -29,7 +29,7 @@ from tapcore.formats.qcow2.subcluster_changes import SubclusterWriter
 from tapcore.formats.qcow2.subclusters import make_mapping
 from tapcore.formats.writable import WritableDriver
 from tapcore.params import path_params
-from tapcore.request import Request
+from tapcore.request import IS_ZERO, Request
 
 logger = logging.getLogger(__name__)
 
@@ -130,16 +130,22 @@ class Qcow2Driver(WritableDriver):
         within = offset & (mapping.unit_bytes - 1)
         if within + request.length <= mapping.unit_bytes and not request.flags and self._reads_inline:
             table = mapping.tables.get(offset >> mapping.table_shift)
-            if table is not None:
+            if table is None:
+                entry = mapping.l1[offset >> mapping.table_shift]
+            else:
                 entry = table[(offset >> mapping.cluster_bits & mapping.index_mask) << mapping.words_shift]
-                if (not entry & mapping.not_plain and 0 < (host := entry & mapping.host_mask) < mapping.data_end
-                        and (mapping.is_plain or mapping.is_present(entry, offset, request.length))):
-                    mapping.tables.move_to_end(offset >> mapping.table_shift)
-                    try:
-                        if os.preadv(self._fd, request.iov, host + within, self._read_flags) == request.length:
-                            return True
-                    except OSError:
-                        pass
+            if not entry and request.takes_zero and mapping.is_plain and self.backing is None:
+                request.flags = IS_ZERO
+                return True
+            if (table is not None and not entry & mapping.not_plain
+                    and 0 < (host := entry & mapping.host_mask) < mapping.data_end
+                    and (mapping.is_plain or mapping.is_present(entry, offset, request.length))):
+                mapping.tables.move_to_end(offset >> mapping.table_shift)
+                try:
+                    if os.preadv(self._fd, request.iov, host + within, self._read_flags) == request.length:
+                        return True
+                except OSError:
+                    pass
         return super().queue_read(request)
 
     def queue_write(self, request: Request) -> bool:
