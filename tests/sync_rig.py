@@ -229,7 +229,8 @@ class Rig:
 
     def sync(self, *arguments: str) -> int:
         """Run writelog-sync here; its exit code."""
-        return sync.main(["--run-dir", str(self.env.run_dir), "--peer-timeout", "2", *arguments])
+        keys = [] if any(argument.startswith("--key") for argument in arguments) else ["--insecure-loopback-only"]
+        return sync.main(["--run-dir", str(self.env.run_dir), "--peer-timeout", "2", *keys, *arguments])
 
     def close(self) -> None:
         for closer in self._closers:

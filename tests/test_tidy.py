@@ -76,6 +76,8 @@ tapcore.ringfile
 tapcore.uring
 tapcore.writewatch
 writelog.client
+writelog.keyring
+writelog.pair_code
 writelog.logconn
 writelog.logcontext
 writelog.logexport
@@ -103,6 +105,7 @@ tapcore.jobs
 tapcore.pausing
 --
 tapcore.engine
+writelog.pair_exchange
 writelog.replica_
 writelog.migrate_
 writelog.sync_
@@ -115,6 +118,7 @@ tapcore.tapctl
 tapcore.tapdisk
 writelog.cli
 writelog.migrate
+writelog.pair
 writelog.replica
 writelog.sync
 """

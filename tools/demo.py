@@ -28,6 +28,7 @@ from typing import IO, Any, NoReturn
 from tapcore.errors import WritelogError
 from tapcore.nbd import wire
 from tapcore.nbd.client import NbdClient, NbdError
+from writelog.keyring import fingerprint, load_public_key
 
 BLOCK_BYTES = 4096
 SOURCES = ("/usr/lib/python3.11", "/usr/lib/python3", "/usr/include", "/usr/share/perl", "/usr/share/doc", "/etc")
@@ -207,9 +208,20 @@ def check_writes(path: Path, acknowledged: dict[int, bytes]) -> None:
                 fail(f"an acknowledged write at byte {offset} is not in {path.name}")
 
 
-def sync(run_dir: Path, endpoint: str) -> dict[str, Any]:
+def pair(one: Path, other: Path) -> None:
+    """Make keys for both ends, and have each accept the other's."""
+    for giver, taker in ((one, other), (other, one)):
+        exported = giver.with_suffix(".key")
+        run(sys.executable, "-m", "writelog.pair", "pair", "export", "--keys", str(giver), str(exported))
+        shown = fingerprint(load_public_key(exported))
+        run(sys.executable, "-m", "writelog.pair", "pair", "import", "--keys", str(taker), str(exported),
+            "--name", giver.name, "--fingerprint", shown)
+
+
+def sync(run_dir: Path, keys: Path, endpoint: str) -> dict[str, Any]:
     """Run writelog-sync, show how it gets on, return its report."""
-    command = [sys.executable, "-m", "writelog.sync", "--run-dir", str(run_dir), "--json", "demo", endpoint]
+    command = [sys.executable, "-m", "writelog.sync", "--keys", str(keys),
+               "--run-dir", str(run_dir), "--json", "demo", endpoint]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         told_s, event = 0.0, {}
@@ -239,17 +251,18 @@ def demonstrate(folder: Path, options: argparse.Namespace) -> None:
     run_dir = folder / "run"
     run_dir.mkdir(mode=0o700)
     with contextlib.ExitStack() as stack:
-        say("2. a tapdisk serves it, a writer uses it, a replica waits")
+        say("2. a tapdisk serves it, a writer uses it, a replica waits; each has a key that the other knows")
+        pair(folder / "a", folder / "b")
         primary, ready = stack.enter_context(program(
             "tapcore.tapdisk", "--run-dir", str(run_dir), "--name", "demo", f"log:demo|aio:{image}"))
         _, listening = stack.enter_context(program(
-            "writelog.replica", "--listen", "tcp://127.0.0.1:0", "--nbd", f"unix:{folder / 'copy.nbd'}",
-            "--name", "demo", f"aio:{copy}"))
+            "writelog.replica", "--keys", str(folder / "b"), "--listen", "tcp://127.0.0.1:0",
+            "--nbd", f"unix:{folder / 'copy.nbd'}", "--name", "demo", f"aio:{copy}"))
         writer = Writer(ready.split()[-1], offsets, options.rate)
         writer.start()
         time.sleep(1)
         say("3. replicate, live, and hand over")
-        report = sync(run_dir, listening.split()[-1])
+        report = sync(run_dir, folder / "a", listening.split()[-1])
         before = writer.writes
         say("4. compare")
         if digest(image) != digest(copy):

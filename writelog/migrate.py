@@ -28,9 +28,8 @@ from writelog.migrate_run import Memories, Migration
 from writelog.plan import Limits
 from writelog.replica import run_command, seconds, some_seconds
 from writelog.sync import floor, rate
-from writelog.sync_link import Peer
+from writelog.sync_keys import add_key_options, check_key_options, find_peer
 from writelog.sync_source import Source
-from writelog.sync_transport import check_endpoint, load_keys, load_public_key
 
 DESCRIPTION = """\
 Move a running QEMU guest to another host: copy its disks, which tapdisks serve with write logs, while it writes;
@@ -92,17 +91,17 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(UNCHECKED, action="store_true",
                         help="do not compare the guest's disks with --disk: it has others, on shared storage "
                              "maybe, or QEMU knows them by other names")
-    parser.add_argument("--key", type=Path, metavar="FILE",
-                        help="the secret key of this host: encrypt and authenticate what goes to the replicas")
-    parser.add_argument("--server-key", type=Path, metavar="FILE", help="with --key: the replicas' public key")
-    parser.add_argument("--insecure", action="store_true",
-                        help="send disks without keys, or memory without QEMU's tls-creds, to another host")
+    parser.add_argument("--peer", metavar="NAME",
+                        help="whose key the replicas must have, as `writelog pair list` shows it (default: HOST, "
+                             "or the only one that is known)")
+    add_key_options(parser, "--server-key", "the public key of the replicas")
+    parser.add_argument("--insecure-memory", action="store_true",
+                        help="send memory without QEMU's tls-creds to another host: anyone on the way can read it")
     parser.add_argument("--json", action="store_true", help="one JSON object a line: states, progress, the report")
     options = parser.parse_args(arguments)
     if options.max_rate is not None and (options.rate is None or options.max_rate < options.rate):
         parser.error("--max-rate goes with a lower --rate")
-    if (options.key is None) != (options.server_key is None):
-        parser.error("--key and --server-key go together")
+    check_key_options(parser, options, "--server-key")
     return options
 
 
@@ -116,7 +115,7 @@ def prepare_memory(options: argparse.Namespace, monitor: Monitor) -> Memories:
     may_throttle = options.throttle_floor != 0
     capabilities = capabilities_to_set(monitor.call("query-migrate-capabilities"), may_throttle)
     former: dict[str, Any] = monitor.call("query-migrate-parameters")
-    check_memory_uri(options.to, bool(former.get("tls-creds")) or options.insecure)
+    check_memory_uri(options.to, bool(former.get("tls-creds")) or options.insecure_memory)
     parameters = {"downtime-limit": int(options.downtime * 1000)}
     if options.memory_rate is not None:
         parameters["max-bandwidth"] = int(options.memory_rate)
@@ -144,11 +143,7 @@ def run(options: argparse.Namespace) -> int:
     """Migrate as the options say. WritelogError if it fails."""
     disks = parse_disks(options.disk)
     parse_monitor(options.qmp)
-    for endpoint in disks.values():
-        check_endpoint(endpoint, options.key is not None, options.insecure)
-    keys = load_keys(options.key) if options.key else None
-    server_public = load_public_key(options.server_key) if options.server_key else None
-    peers = {name: Peer(endpoint, keys, server_public, options.peer_timeout) for name, endpoint in disks.items()}
+    peers = {name: find_peer(endpoint, options) for name, endpoint in disks.items()}
     limits = Limits(options.downtime, options.patience, options.max_pause, options.max_time, options.rate,
                     options.max_rate, options.throttle_floor != 0, options.throttle_floor or None)
     run_dir = options.run_dir or default_run_dir()

@@ -72,7 +72,7 @@ def check_memory_uri(uri: str, may_leave: bool) -> None:
     if not may_leave and not NbdAddress(host=host.strip("[]")).loopback:
         raise UsageError(f"{uri} is not on this machine, and without TLS anyone on the way can read and change "
                          "the guest's memory", hint="set tls-creds with 'migrate-set-parameters' in QEMU's "
-                                                    "monitor, or give --insecure")
+                                                    "monitor, or give --insecure-memory")
 
 
 def parse_disk(text: str) -> tuple[str, str]:

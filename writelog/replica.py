@@ -23,10 +23,11 @@ from tapcore.nbd.server import NbdServer
 from tapcore.rundir import default_run_dir
 from tapcore.vbd import Vbd
 from tapcore.workers import Workers
+from writelog.keyring import create_keys
 from writelog.replica_server import ReplicaServer
 from writelog.replica_session import CREDIT_BYTES
 from writelog.replica_state import SUFFIX, StateStore
-from writelog.sync_transport import check_endpoint, create_keys, load_authorized, load_keys
+from writelog.sync_keys import add_key_options, check_key_options, open_door
 from writelog.wire import MAX_DATA_BYTES
 
 MAX_OPTION_S: Final = 1_000_000
@@ -44,9 +45,10 @@ SIGTERM and SIGINT end it when the requests under way are completed; a second on
 EXAMPLES = """\
 examples:
   truncate -s 20G /vm/copy.img
-  writelog-replica --listen tcp://127.0.0.1:5599 --nbd unix:/run/copy.sock aio:/vm/copy.img
+  writelog pair listen              once: it shows a code for `writelog pair connect` on the other host
+  writelog-replica --listen tcp://192.0.2.7:5599 --nbd unix:/run/copy.sock aio:/vm/copy.img
 
-  between hosts, with keys (each host gets the other's public .key):
+  with a key of its own instead of the host's:
   writelog-replica keygen /etc/writelog --name replica
   writelog-replica --listen tcp://192.0.2.7:5599 --key /etc/writelog/replica.key_secret \\
                    --authorized /etc/writelog/syncs.d aio:/vm/copy.img
@@ -81,11 +83,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--nbd", metavar="ADDR",
                         help="serve the disk here after the switch-over (unix:/path or tcp:127.0.0.1:10809)")
     parser.add_argument("--name", default="replica", help="the disk's name in its export (default: %(default)s)")
-    parser.add_argument("--key", type=Path, metavar="FILE",
-                        help="this replica's secret key: encrypt and authenticate")
-    parser.add_argument("--authorized", type=Path, metavar="PATH",
-                        help="with --key: the public key of the sync, or a directory of such *.key files")
-    parser.add_argument("--insecure", action="store_true", help="listen beyond this machine without keys")
+    add_key_options(parser, "--authorized", "the public key of the sync, or a directory of such *.key files")
     parser.add_argument("--peer-timeout", type=some_seconds, default=10.0, metavar="S",
                         help="a sync that is silent for so long is gone (default: %(default)g s)")
     parser.add_argument("--state", type=Path, metavar="FILE",
@@ -96,8 +94,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
                              "with --nbd is served until SIGTERM")
     parser.add_argument("-v", "--verbose", action="store_true", help="tell more")
     options = parser.parse_args(arguments)
-    if (options.key is None) != (options.authorized is None):
-        parser.error("--key and --authorized go together")
+    check_key_options(parser, options, "--authorized")
     return options
 
 
@@ -130,9 +127,7 @@ class Replica:
         """Serve until SIGTERM or SIGINT, or with --once one sync; WritelogError if it cannot start."""
         keep_buffers()
         options = self._options
-        keys = load_keys(options.key) if options.key else None
-        authorized = load_authorized(options.authorized) if options.authorized else frozenset()
-        check_endpoint(options.listen, keys is not None, options.insecure)
+        door = open_door(options.listen, options)
         if any(level.driver == Log.name for level in parse(options.chain)):
             self._env.run_dir = default_run_dir().absolute()
         self._vbd.open(options.chain)
@@ -141,9 +136,9 @@ class Replica:
         try:
             store = self._open_store(image)
             export = self._nbd.listen(options.nbd) if options.nbd else ""
-            self._server = ReplicaServer(self._env, self._vbd, export, keys=keys, authorized=authorized,
-                                         peer_timeout_s=options.peer_timeout, on_end=self._on_end,
-                                         store=store)
+            self._server = ReplicaServer(self._env, self._vbd, export, keys=door.keys,
+                                         authorize=door.authorize, peer_timeout_s=options.peer_timeout,
+                                         on_end=self._on_end, store=store)
             endpoint = self._server.listen(options.listen)
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, self._on_signal)

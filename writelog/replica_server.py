@@ -21,10 +21,11 @@ from tapcore.driver import Env
 from tapcore.errors import ReplicationError, UsageError, WritelogError
 from tapcore.loop import Timer
 from tapcore.vbd import Vbd
+from writelog.keyring import Keys
 from writelog.replica_apply import Applier
 from writelog.replica_session import OPEN, WAITING, Session
 from writelog.replica_state import State, StateStore
-from writelog.sync_transport import Gate, Keys, monitor_events, prepare, serve_curve
+from writelog.sync_transport import Gate, monitor_events, prepare, serve_curve
 from writelog.wire import VERSION, Failure, Hello, Message, Refusal, Refused, decode, encode
 
 logger = logging.getLogger(__name__)
@@ -40,11 +41,12 @@ class ReplicaServer:
     """Serves syncs for `vbd`, which is open and paused; `export` is what PROMOTED tells.
 
     `on_end(succeeded)` is called when a session ended for good: released, promoted or failed, or gone for
-    `peer_timeout_s` after its link dropped. `store` keeps what must outlive the process.
+    `peer_timeout_s` after its link dropped. `store` keeps what must outlive the process. With `keys`, a sync is
+    let in by `authorize(its public key)`, which is called in a thread.
     """
 
     def __init__(self, env: Env, vbd: Vbd, export: str = "", *, keys: Keys | None = None,
-                 authorized: frozenset[bytes] = frozenset(), peer_timeout_s: float = 10.0,
+                 authorize: Callable[[bytes], bool] = lambda key: False, peer_timeout_s: float = 10.0,
                  on_end: Callable[[bool], None] | None = None, store: StateStore | None = None) -> None:
         self.promoted = False
         self.endpoint = ""
@@ -67,7 +69,7 @@ class ReplicaServer:
         self._waits_for_idle = False
         self._gone_timer: Timer | None = None
         self._context = zmq.Context()
-        self._gate = Gate(self._context, authorized) if keys is not None else None
+        self._gate = Gate(self._context, authorize) if keys is not None else None
         self._socket = self._context.socket(zmq.ROUTER)
         if keys is not None:
             serve_curve(self._socket, keys)

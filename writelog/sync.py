@@ -19,13 +19,12 @@ from writelog.plan import Limits
 from writelog.replica import run_command, seconds, some_seconds
 from writelog.sync_control import Wishes
 from writelog.sync_hooks import Hooks
-from writelog.sync_link import Peer
+from writelog.sync_keys import add_key_options, check_key_options, find_peer
 from writelog.sync_pack import AUTO, OFF, ON
 from writelog.sync_report import Reporter
 from writelog.sync_run import Sync
 from writelog.sync_source import Source
 from writelog.sync_stop import Interrupted
-from writelog.sync_transport import check_endpoint, load_keys, load_public_key
 
 MIN_RATE: Final = 64 << 10
 
@@ -36,11 +35,11 @@ that, the guest goes on as if nothing had happened, and the log keeps what the r
 
 EXAMPLES = """\
 examples:
-  writelog-sync vm1 tcp://127.0.0.1:5599
-  writelog-sync --keep-running --verify vm1 tcp://127.0.0.1:5599     a copy, or a drill: the disk stays here
-  writelog-sync --key sync.key_secret --server-key replica.key --json vm1 tcp://192.0.2.7:5599
-  writelog-sync --rate 40M --max-rate 80M vm1 tcp://127.0.0.1:5599   leave room for others on the link
-  writelog-sync start --hold vm1 tcp://127.0.0.1:5599                in the background, in sync, until you say
+  writelog-sync vm1 tcp://192.0.2.7:5599                             after `writelog pair`, which makes the keys
+  writelog-sync --keep-running --verify vm1 tcp://192.0.2.7:5599     a copy, or a drill: the disk stays here
+  writelog-sync --rate 40M --max-rate 80M vm1 tcp://192.0.2.7:5599   leave room for others on the link
+  writelog-sync --insecure-loopback-only vm1 tcp://127.0.0.1:5599    to another place on this machine, without keys
+  writelog-sync start --hold vm1 tcp://192.0.2.7:5599                in the background, in sync, until you say
   writelog-sync switch vm1                                         so; or status, set, pause, resume, cancel, wait
   writelog-sync plan --rate 110M vm1                                 watch the guest, and forecast
   writelog-sync simulate                                             what to expect, in made-up time
@@ -121,25 +120,21 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
                         help="send a full copy, whatever else the replica holds")
     parser.add_argument("--verify", action="store_true",
                         help="compare the whole disks during the pause, which makes it much longer: both are read")
-    parser.add_argument("--key", type=Path, metavar="FILE",
-                        help="this sync's secret key: encrypt and authenticate")
-    parser.add_argument("--server-key", type=Path, metavar="FILE", help="with --key: the replica's public key")
-    parser.add_argument("--insecure", action="store_true", help="send the disk to another host without keys")
+    parser.add_argument("--peer", metavar="NAME",
+                        help="whose key the replica must have, as `writelog pair list` shows it (default: HOST, "
+                             "or the only one that is known)")
+    add_key_options(parser, "--server-key", "the public key of the replica")
     parser.add_argument("--json", action="store_true", help="one JSON object a line: states, progress, the report")
     options = parser.parse_args(arguments)
     if options.max_rate is not None and (options.rate is None or options.max_rate < options.rate):
         parser.error("--max-rate goes with a lower --rate")
-    if (options.key is None) != (options.server_key is None):
-        parser.error("--key and --server-key go together")
+    check_key_options(parser, options, "--server-key")
     return options
 
 
 def run(options: argparse.Namespace) -> int:
     """Sync as the options say. WritelogError if it fails."""
-    check_endpoint(options.replica, options.key is not None, options.insecure)
-    keys = load_keys(options.key) if options.key else None
-    server_public = load_public_key(options.server_key) if options.server_key else None
-    peer = Peer(options.replica, keys, server_public, options.peer_timeout)
+    peer = find_peer(options.replica, options)
     limits = Limits(options.downtime, options.patience, options.max_pause, options.max_time, options.rate,
                     options.max_rate, options.throttle_floor != 0, options.throttle_floor or None)
     wishes = Wishes(limits, options.hold or options.at is not None, options.at)

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
 import zmq
 
 from tapcore.errors import ReplicationError, UsageError
-from writelog.sync_transport import ENDPOINT_HINT, MONITORED, Keys, monitor_events, prepare, use_curve
+from writelog.keyring import Keys
+from writelog.sync_transport import ENDPOINT_HINT, MONITORED, monitor_events, prepare, use_curve
 from writelog.wire import Data, Hello, Message, Packed, decode, encode
 
 MAX_UNACKED_MESSAGES: Final = 16384
@@ -32,12 +33,21 @@ class LinkLost(Exception):
 
 
 @dataclass(frozen=True)
+class Credentials:
+    """This end's pair, and the public keys of which the replica holds one: two while it changes them. `used` is
+    told which one it was."""
+
+    own: Keys
+    servers: tuple[bytes, ...]
+    used: Callable[[bytes], None] = lambda key: None
+
+
+@dataclass(frozen=True)
 class Peer:
-    """Where the replica is, and the keys for it, if any."""
+    """Where the replica is, and what says the keys for it, if there are any, at each connection."""
 
     endpoint: str
-    keys: Keys | None = None
-    server_public: bytes | None = None
+    credentials: Callable[[], Credentials] | None = None
     timeout_s: float = 10.0
 
 
@@ -53,10 +63,14 @@ class Link:
         """When the handshake was done."""
         self._blind_failures = 0
         self._has_ended = False
+        self._credentials = peer.credentials() if peer.credentials else None
+        self._server = b""
+        if self._credentials is not None:
+            self._server = choose_server(context, peer, self._credentials)
         self.socket = context.socket(zmq.DEALER)
         prepare(self.socket, peer.endpoint, peer.timeout_s, 2 * MAX_UNACKED_MESSAGES)
-        if peer.keys is not None and peer.server_public is not None:
-            use_curve(self.socket, peer.keys, peer.server_public)
+        if self._credentials is not None:
+            use_curve(self.socket, self._credentials.own, self._server)
         self.monitor = self.socket.get_monitor_socket(MONITORED)
         try:
             self.socket.connect(peer.endpoint)
@@ -128,9 +142,11 @@ class Link:
         elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
             self.heard_s = self.opened_s = time.monotonic()
             self._blind_failures = 0
+            if self._credentials is not None:
+                self._credentials.used(self._server)
         elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
             raise self._refusal("the replica does not know this sync's key",
-                                "put its public .key file where the replica's --authorized points to")
+                                "make it known there: `writelog pair`, or the file that --authorized names")
         elif event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
             raise self._refusal(f"the two ends do not agree on encryption (zmq error {value:#x})",
                                 self._hint)
@@ -143,9 +159,36 @@ class Link:
 
     @property
     def _hint(self) -> str:
-        if self.peer.keys is None:
-            return "the replica may want keys (--key and --server-key)"
-        return "--server-key must be the replica's own public key, and the replica must use --key, too"
+        if self.peer.credentials is None:
+            return "the replica may want keys: leave --insecure-loopback-only out"
+        return "it has another key than the one that is known of it here, or uses none"
 
     def _refusal(self, message: str, hint: str) -> ReplicationError:
         return ReplicationError(f"{self.peer.endpoint}: {message}", errno=errno.EACCES, hint=hint)
+
+
+def choose_server(context: zmq.Context[zmq.Socket[bytes]], peer: Peer, credentials: Credentials) -> bytes:
+    """Which of the public keys the replica holds, found out by handshakes alone if there are several. The last one
+    if it cannot be found out: what is wrong shows again when that one is used."""
+    for server in credentials.servers[:-1]:
+        with context.socket(zmq.DEALER) as probe:
+            prepare(probe, peer.endpoint, peer.timeout_s, 1)
+            use_curve(probe, credentials.own, server)
+            with probe.get_monitor_socket(MONITORED) as monitor:
+                probe.connect(peer.endpoint)
+                works = _shakes_hands(monitor, peer.timeout_s)
+                probe.disable_monitor()
+            if works:
+                return server
+    return credentials.servers[-1]
+
+
+def _shakes_hands(monitor: zmq.Socket[bytes], timeout_s: float) -> bool:
+    deadline_s = time.monotonic() + timeout_s
+    while (left_s := deadline_s - time.monotonic()) > 0:
+        monitor.poll(int(left_s * 1000) + 1)
+        for event, _ in monitor_events(monitor):
+            if event != zmq.EVENT_CONNECTED:
+                # A replica that refuses this sync's key has opened what was sealed with its own.
+                return event in (zmq.EVENT_HANDSHAKE_SUCCEEDED, zmq.EVENT_HANDSHAKE_FAILED_AUTH)
+    return False

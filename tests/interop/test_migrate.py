@@ -65,7 +65,8 @@ class Move:
         self.tapdisks = [serve(f"log:{name}|aio:{folder}/{name}.here", "--name", name) for name in self.names]
         self.here = Guest(folder, initramfs, [tapdisk.uri for tapdisk in self.tapdisks])
         self.replicas = [subprocess.Popen(
-            [sys.executable, "-m", "writelog.replica", "--listen", "tcp://127.0.0.1:0", "--name", name, "--nbd",
+            [sys.executable, "-m", "writelog.replica", "--insecure-loopback-only",
+             "--listen", "tcp://127.0.0.1:0", "--name", name, "--nbd",
              f"unix:{folder}/{name}.nbd", f"aio:{folder}/{name}.there"], stdout=subprocess.PIPE)
             for name in self.names]
         self.endpoints = [read_line(replica).split()[-1] for replica in self.replicas]
@@ -86,7 +87,8 @@ class Move:
     def arguments(self, *options: str) -> list[str]:
         """Of writelog-migrate."""
         disks = [f"--disk={name}={endpoint}" for name, endpoint in zip(self.names, self.endpoints, strict=True)]
-        return ["--json", "--run-dir", str(self.tapdisks[0].run_dir), "--qmp", self.here.monitor,
+        return ["--insecure-loopback-only", "--json", "--run-dir", str(self.tapdisks[0].run_dir),
+                "--qmp", self.here.monitor,
                 "--to", self.incoming, *disks, *options]
 
     def start(self, *options: str, killed_at: str | None = None) -> subprocess.Popen[bytes]:

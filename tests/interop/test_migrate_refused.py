@@ -52,7 +52,8 @@ def drive(uri: str) -> tuple[str, str]:
 
 
 def refused(tapdisk: Tapdisk, monitor: str, *options: str, disk: str = "vm1=tcp://127.0.0.1:1") -> int:
-    return migrate.main(["--run-dir", str(tapdisk.run_dir), "--qmp", monitor, "--to", "unix:/nowhere",
+    return migrate.main(["--insecure-loopback-only", "--run-dir", str(tapdisk.run_dir), "--qmp", monitor,
+                         "--to", "unix:/nowhere",
                          "--disk", disk, *options])
 
 
@@ -96,7 +97,7 @@ def test_disks_and_places_that_make_no_sense(disk: Tapdisk, start: Start, capsys
     assert refused(disk, monitor, disk="vm2=tcp://127.0.0.1:1") == 1
     assert "'vm2'" in capsys.readouterr().err
     assert refused(disk, monitor, disk="vm1=tcp://192.0.2.7:1") == 2
-    assert "give keys with --key" in capsys.readouterr().err
+    assert "writelog pair" in capsys.readouterr().err
     assert refused(disk, monitor, "--to", "tcp:192.0.2.7:1") == 2
     assert "tls-creds" in capsys.readouterr().err
     assert refused(disk, monitor, "--to", "here") == 2

@@ -72,7 +72,8 @@ class Guest:
 @contextmanager
 def started_replica(chain: str) -> Iterator[subprocess.Popen[bytes]]:
     """A writelog-replica for one sync, which says its address in a line."""
-    command = [sys.executable, "-m", "writelog.replica", "--once", "--listen", "tcp://127.0.0.1:0", chain]
+    command = [sys.executable, "-m", "writelog.replica", "--insecure-loopback-only", "--once",
+               "--listen", "tcp://127.0.0.1:0", chain]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         try:
             yield process
@@ -98,8 +99,8 @@ def test_replicated_from_each_to_each_other(
         guest = Guest(disk.uri)
         guest.fill(Random(f"{source}{target}"))
         guest.start()
-        command = [sys.executable, "-m", "writelog.sync", "--json", "--verify", "--run-dir", str(disk.run_dir),
-                   disk.name, read_line(replica).split()[-1]]
+        command = [sys.executable, "-m", "writelog.sync", "--insecure-loopback-only", "--json", "--verify",
+                   "--run-dir", str(disk.run_dir), disk.name, read_line(replica).split()[-1]]
         done = subprocess.run(command, capture_output=True, timeout=60, check=False)
         assert done.returncode == 0, done.stderr
     disk.stop()

@@ -399,5 +399,5 @@ def test_the_socket_is_left_alone_while_too_much_is_queued(bench: Bench, monkeyp
 
 
 def test_a_taken_address_is_an_error(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
-    assert replica.main(["--listen", bench.endpoint, "manual:4096"]) == 2
+    assert replica.main(["--insecure-loopback-only", "--listen", bench.endpoint, "manual:4096"]) == 2
     assert "in use" in capsys.readouterr().err

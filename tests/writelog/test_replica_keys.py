@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from tapcore.errors import UsageError
-from writelog import replica, sync_transport
-from writelog.sync_transport import create_keys, load_authorized, load_keys
+from writelog import replica, sync, sync_transport
+from writelog.keyring import create_keys, load_authorized, load_keys
 
 
 def test_keys_are_for_the_owner_alone_and_load(tmp_path: Path) -> None:
@@ -20,6 +20,9 @@ def test_keys_are_for_the_owner_alone_and_load(tmp_path: Path) -> None:
         create_keys(tmp_path / "keys", "one")
     with pytest.raises(UsageError, match="no secret key"):
         load_keys(public)
+    secret.chmod(0o640)
+    with pytest.raises(UsageError, match="open to other users"):
+        load_keys(secret)
 
 
 @pytest.mark.parametrize("text", ["", "rubbish", "curve\n    public-key = \"tooshort\"\n"])
@@ -36,27 +39,52 @@ def test_bad_key_files_are_named(tmp_path: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize("endpoint", ["tcp://127.0.0.1:5", "tcp://localhost:5", "tcp://[::1]:5", "ipc:///tmp/x"])
-def test_loopback_needs_no_keys(endpoint: str) -> None:
-    sync_transport.check_endpoint(endpoint, secured=False, insecure=False)
+def test_loopback_can_do_without_keys(endpoint: str) -> None:
+    sync_transport.check_endpoint(endpoint, secured=False)
 
 
 @pytest.mark.parametrize("endpoint", ["tcp://192.0.2.7:5", "tcp://*:5", "tcp://0.0.0.0:5", "tcp://[2001:db8::1]:5"])
-def test_other_hosts_need_keys(endpoint: str) -> None:
-    with pytest.raises(UsageError, match="--key"):
-        sync_transport.check_endpoint(endpoint, secured=False, insecure=False)
-    sync_transport.check_endpoint(endpoint, secured=True, insecure=False)
-    sync_transport.check_endpoint(endpoint, secured=False, insecure=True)
+def test_other_hosts_need_keys(endpoint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UsageError, match="writelog pair"):
+        sync_transport.check_endpoint(endpoint, secured=False)
+    sync_transport.check_endpoint(endpoint, secured=True)
+    assert replica.main(["--insecure-loopback-only", "--listen", endpoint, "ram:4096"]) == 2
+    assert sync.main(["--insecure-loopback-only", "vm1", endpoint]) == 2
+    assert capsys.readouterr().err.count("is not on this machine") == 2
+
+
+@pytest.mark.parametrize("endpoint", ["tcp://127.0.0.1:5", "tcp://192.0.2.7:5", "ipc:///tmp/x"])
+def test_without_keys_nothing_is_replicated(
+    endpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Loopback too, unless --insecure-loopback-only says so."""
+    assert replica.main(["--keys", str(tmp_path / "none"), "--listen", endpoint, "ram:4096"]) == 2
+    assert sync.main(["--keys", str(tmp_path / "none"), "vm1", endpoint]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert ["there are no keys" in line and "writelog pair" in line for line in lines] == [True, True]
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("options", [
+    ["--insecure-loopback-only", "--keys", "/x"],
+    ["--insecure-loopback-only", "--key", "/x", "--authorized", "/x"],
+    ["--keys", "/x", "--key", "/x", "--authorized", "/x"],
+    ["--key", "/x"],
+])
+def test_options_that_contradict_each_other(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        replica.main([*options, "--listen", "tcp://127.0.0.1:5", "ram:4096"])
+    assert "exclude each other" in (text := capsys.readouterr().err) or "go together" in text
 
 
 @pytest.mark.parametrize("endpoint", ["", "host:5", "tcp://host", "tcp://:5", "udp://host:5", "tcp://host:99999999"])
 def test_bad_addresses_are_refused(endpoint: str) -> None:
     with pytest.raises(UsageError, match="no address"):
-        sync_transport.check_endpoint(endpoint, secured=True, insecure=True)
+        sync_transport.check_endpoint(endpoint, secured=True)
 
 
 @pytest.mark.parametrize(("arguments", "code", "text"), [
-    (["--listen", "tcp://127.0.0.1:0", "nosuch:x"], 1, "unknown driver"),
-    (["--listen", "tcp://192.0.2.7:1", "ram:4096"], 2, "--key"),
+    (["--insecure-loopback-only", "--listen", "tcp://127.0.0.1:0", "nosuch:x"], 1, "unknown driver"),
     (["--listen", "tcp://127.0.0.1:0", "--key", "/missing", "--authorized", "/x", "ram:4096"], 2, "/missing"),
     (["keygen", "/proc/nowhere"], 2, "/proc/nowhere"),
 ])

@@ -90,7 +90,8 @@ def test_one_verification_at_a_time(bench: Bench) -> None:
 @pytest.mark.parametrize("value", ["nan", "inf", "-1", "0", "1e9", "soon"])
 def test_times_that_make_no_sense_are_refused(value: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
-        replica.main(["--listen", "tcp://127.0.0.1:0", "--peer-timeout", value, "ram:4096"])
+        replica.main(["--insecure-loopback-only",
+                      "--listen", "tcp://127.0.0.1:0", "--peer-timeout", value, "ram:4096"])
     assert end.value.code == 2
     assert repr(value) in capsys.readouterr().err
 
@@ -106,7 +107,8 @@ def test_an_interrupt_before_the_start_is_no_traceback(capsys: pytest.CaptureFix
 def test_a_second_signal_ends_a_replica_whose_disk_hangs(tmp_path: Path) -> None:
     image = tmp_path / "copy.img"
     image.write_bytes(bytes(4096))
-    command = [sys.executable, "-m", "writelog.replica", "--listen", "tcp://127.0.0.1:0",
+    command = [sys.executable, "-m", "writelog.replica", "--insecure-loopback-only",
+               "--listen", "tcp://127.0.0.1:0",
                f"delay:write=100000|aio:{image}"]
     context = zmq.Context()
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
@@ -134,7 +136,8 @@ def test_a_second_signal_ends_a_replica_whose_disk_hangs(tmp_path: Path) -> None
 def test_a_log_of_the_replica_is_in_the_run_directory(tmp_path: Path) -> None:
     image, run_dir = tmp_path / "copy.img", tmp_path / "run"
     image.write_bytes(bytes(4096))
-    command = [sys.executable, "-m", "writelog.replica", "--listen", "tcp://127.0.0.1:0", f"log:|aio:{image}"]
+    command = [sys.executable, "-m", "writelog.replica", "--insecure-loopback-only",
+               "--listen", "tcp://127.0.0.1:0", f"log:|aio:{image}"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                           env=os.environ | {"TAPDISK_RUN_DIR": str(run_dir)}) as process:
         try:

@@ -76,7 +76,7 @@ def test_what_cannot_be_recorded_does_not_count(image: Path, tmp_path: Path) -> 
 
 def test_a_promoted_image_is_no_replica(image: Path, capsys: pytest.CaptureFixture[str]) -> None:
     StateStore(Path(f"{os.path.realpath(image)}.replica"), image, 4096).store(State(5, "vm1", True))
-    assert main(["--listen", "tcp://127.0.0.1:0", f"aio:{image}"]) == 2
+    assert main(["--insecure-loopback-only", "--listen", "tcp://127.0.0.1:0", f"aio:{image}"]) == 2
     error = capsys.readouterr().err
     assert "it is the primary, not a replica" in error
     assert "copy.img.replica" in error

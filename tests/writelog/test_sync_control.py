@@ -48,7 +48,8 @@ class Steered:
     def __init__(self, rig: Rig, *arguments: str) -> None:
         self.rig = rig
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "writelog.sync", "--run-dir", str(rig.env.run_dir), "--json", *arguments],
+            [sys.executable, "-m", "writelog.sync", "--insecure-loopback-only",
+             "--run-dir", str(rig.env.run_dir), "--json", *arguments],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
     def ask(self, op: str, **params: Any) -> dict[str, Any]:
@@ -123,13 +124,13 @@ def test_paused_set_resumed_and_cancelled(rig: Rig, copy: Path, capsys: pytest.C
 
 def test_started_in_the_background(rig: Rig, copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     endpoint = rig.replica(f"aio:{copy}")
-    code, out, err = command(rig, capsys, "start", "--hold", "vm1", endpoint)
+    code, out, err = command(rig, capsys, "start", "--insecure-loopback-only", "--hold", "vm1", endpoint)
     assert code == 0, err
     path = find_sync(rig.env.run_dir, "vm1")
     waited: list[dict[str, Any]] = []
     waiter = threading.Thread(target=lambda: waited.append(ask(path, "wait", WAIT_S)), daemon=True)
     waiter.start()
-    code, _, err = command(rig, capsys, "start", "vm1", endpoint)
+    code, _, err = command(rig, capsys, "start", "--insecure-loopback-only", "vm1", endpoint)
     assert (code, "is running already" in err) == (1, True)
     ask(path, "switch", WAIT_S)
     waiter.join(WAIT_S)

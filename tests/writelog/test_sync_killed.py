@@ -63,7 +63,8 @@ def test_killed_at_a_step(
     """Before the step is answered, or right after, while the guest writes to what was just sent."""
     play, answer = script._play, script._answer
     due: list[Message] = []
-    command = [sys.executable, "-m", "writelog.sync", "--run-dir", str(rig.env.run_dir), *options, "vm1",
+    command = [sys.executable, "-m", "writelog.sync", "--insecure-loopback-only",
+               "--run-dir", str(rig.env.run_dir), *options, "vm1",
                script.endpoint]
     with rig.guest() as guest, subprocess.Popen(command, stdout=subprocess.DEVNULL) as sync:
 
@@ -114,8 +115,8 @@ def test_stopped_in_the_pause(rig: Rig, script: Script) -> None:
     barriers: list[Message] = []
     run = ("import sys; from writelog import sync, sync_source; sync_source.HOLD_MARGIN_S = 0.2; "
            "sys.exit(sync.main())")
-    command = [sys.executable, "-c", run, "--run-dir", str(rig.env.run_dir), "--max-pause", "1", "--peer-timeout",
-               str(WAIT_S), "vm1", script.endpoint]
+    command = [sys.executable, "-c", run, "--insecure-loopback-only", "--run-dir", str(rig.env.run_dir),
+               "--max-pause", "1", "--peer-timeout", str(WAIT_S), "vm1", script.endpoint]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as sync:
 
         def stop_first(message: Barrier) -> Message | None:

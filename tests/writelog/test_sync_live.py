@@ -119,14 +119,16 @@ class Pair:
         self.guest = Guest(self.tapdisk.uri)
 
     def replica(self, below: str = "", *options: str) -> Command:
-        command = Command("writelog.replica", "--listen", self.endpoint or "tcp://127.0.0.1:0", *options,
+        command = Command("writelog.replica", "--insecure-loopback-only",
+                          "--listen", self.endpoint or "tcp://127.0.0.1:0", *options,
                           f"{below}aio:{self.copy}")
         self.commands.append(command)
         self.endpoint = read_line(command.process).split()[-1]
         return command
 
     def sync(self, *options: str) -> Command:
-        command = Command("writelog.sync", "--run-dir", str(self.tapdisk.run_dir), "--json", *options, "vm1",
+        command = Command("writelog.sync", "--insecure-loopback-only",
+                          "--run-dir", str(self.tapdisk.run_dir), "--json", *options, "vm1",
                           self.endpoint)
         self.commands.append(command)
         return command

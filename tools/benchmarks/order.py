@@ -79,13 +79,15 @@ def measure(folder: Path, program: str, seed: int) -> dict[str, float]:
     python, options = [sys.executable, "-m"], {"stdout": subprocess.PIPE, "text": True}
     tapdisk = subprocess.Popen([*python, "tapcore.tapdisk", "--run-dir", str(run_dir), "--name", "vm1",
                                 f"log:|aio:{image}"], **options)  # type: ignore[call-overload]
-    replica = subprocess.Popen([*python, "writelog.replica", "--listen", "tcp://127.0.0.1:0", f"aio:{copy}"],
+    replica = subprocess.Popen([*python, "writelog.replica", "--insecure-loopback-only",
+                                "--listen", "tcp://127.0.0.1:0", f"aio:{copy}"],
                                **options)  # type: ignore[call-overload]
     try:
         guest = Guest(line_of(tapdisk), seed)
         endpoint = line_of(replica)
         guest.start()
-        arguments = ["--run-dir", str(run_dir), "--json", "--compress", "off", "--rate", str(LINK_RATE),
+        arguments = ["--insecure-loopback-only", "--run-dir", str(run_dir), "--json", "--compress", "off",
+                     "--rate", str(LINK_RATE),
                      "--throttle-floor", "off", "vm1", endpoint]
         sync = subprocess.run([sys.executable, "-c", program, *arguments], stdout=subprocess.PIPE, text=True,
                               check=True)

@@ -47,11 +47,12 @@ def test_a_sync_goes_on_across_snapshots_and_a_commit(
     copy.touch()
     os.truncate(copy, SIZE)
     tapdisk = serve(f"log:|qcow2:{bottom}", "--name", "vm")
-    replica = run("writelog.replica", "--listen", "tcp://127.0.0.1:0", f"aio:{copy}")
+    replica = run("writelog.replica", "--insecure-loopback-only", "--listen", "tcp://127.0.0.1:0", f"aio:{copy}")
     endpoint = read_line(replica).split()[-1]
     with tapdisk.client() as client, find_disk(tapdisk.run_dir, "vm") as control:
         client.write(0, os.urandom(SIZE))
-        sync = run("writelog.sync", "--run-dir", str(tapdisk.run_dir), "--json", "--keep-running", "--verify",
+        sync = run("writelog.sync", "--insecure-loopback-only",
+                   "--run-dir", str(tapdisk.run_dir), "--json", "--keep-running", "--verify",
                    "--rate", "2M", "vm", endpoint)
         while json.loads(read_line(sync)).get("state") != "syncing":
             pass
