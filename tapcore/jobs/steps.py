@@ -55,7 +55,10 @@ class _Drive:
                 self._done(as_error(failure))
                 return
             self._beginning = True
-            step(self.go_on)
+            try:
+                step(self.go_on)
+            except Exception as failure:
+                self._ended = [as_error(failure)]
             self._beginning = False
             if not self._ended:
                 return

@@ -132,6 +132,9 @@ class Stream(CopyJob):
         while offset < end:
             length, action = end - offset, SKIP
             for level in self.between:
+                if offset >= level.info.size_bytes:
+                    break  # nothing shows from here on, of the base neither, which is not longer
+                length = min(length, level.info.size_bytes - offset)
                 status = Request(STATUS, offset, length, flags=BACKGROUND)
                 yield asking_own_status(level, status)
                 length, state = status.extents[0]

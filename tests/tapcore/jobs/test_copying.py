@@ -108,6 +108,38 @@ def test_stream_down_to_a_base(env: Env, serve: Serve, tmp_path: Path) -> None:
     qemu_agrees(paths[-1], "qcow2", disk)
 
 
+def test_stream_of_a_disk_that_is_longer_than_its_parents(env: Env, tmp_path: Path) -> None:
+    """What is behind their end is not looked up there."""
+    tools, paths = find_tools("qcow2"), [tmp_path / f"{number}.qcow2" for number in range(3)]
+    for number, path in enumerate(paths):
+        backing = Backing(paths[number - 1].name, "qcow2") if number else None
+        size = (64 << 10, 96 << 10, 1 << 20)[number]
+        tools.create(str(path), size, backing=backing, options={"cluster_size": "512"})
+        runner = Runner(env, f"qcow2:{path}")
+        assert runner.write(number * 4096, bytes([number + 1]) * 4096) == 0
+        runner.close()
+    rig = Rig(env, f"qcow2:{paths[2]}")
+    assert rig.run("stream", base=str(paths[0]))["state"] == "done"
+    rig.close()
+    paths[1].unlink()
+    content = b"".join(bytes([number]) * 4096 for number in (1, 2, 3))
+    qemu_agrees(paths[2], "qcow2", content.ljust(1 << 20, b"\0"))
+
+
+def test_a_step_that_raises_fails_its_job(env: Env, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths, _ = make_chain(env, tmp_path, ["qcow2", "qcow2"], SIZE)
+    rig = Rig(env, f"qcow2:{paths[1]}")
+
+    def bug(driver: Qcow2, request: object) -> bool:
+        raise IndexError("a bug")
+
+    monkeypatch.setattr(Qcow2, "queue_own_status", bug)
+    for op in ("stream", "commit"):
+        job = rig.run(op)
+        assert (job["state"], job["error"]) == ("failed", "a bug")
+    rig.close()
+
+
 def test_cancel_leaves_the_chain_as_it_was(env: Env, tmp_path: Path) -> None:
     paths, disk = make_chain(env, tmp_path, ["qcow2", "qcow2"], SIZE)
     rig = Rig(env, f"qcow2:{paths[1]}")
