@@ -219,8 +219,10 @@ class Vbd:
             lambda: self.chain.quiesce(lambda: self._replace(chain_text, done))))
 
     def _flush_chain(self, done: Callable[[], None]) -> None:
-        """`done()` when what was changed through the chain is durable, or cannot be made so."""
-        if self._changes == self._changes_before or not self.info.features & Feature.FLUSH:
+        """`done()` when what was changed through the chain is durable, or cannot be made so; a disk that is closed
+        does not wait for a server elsewhere."""
+        if (self._changes == self._changes_before or not self.info.features & Feature.FLUSH
+                or (self.state != REPLACING and self.chain.leaf.fileno() is None)):
             done()
             return
         self._changes_before = self._changes
@@ -262,14 +264,14 @@ class Vbd:
         done(failure)
 
     def close(self, done: Callable[[], None]) -> None:
-        """Drain, then close the chain, then `done()`. A paused disk's held requests fail with ESHUTDOWN."""
+        """Drain, flush, close the chain, then `done()`. A paused disk's held requests fail with ESHUTDOWN."""
         if self.state == CLOSED:
             done()
             return
         if self.state == REPLACING:
             raise ControlError(f"disk {self.name!r} is {self.state}", errno=errno.EBUSY, hint="try again")
         self.state = CLOSING
-        self._when_idle(lambda: self.chain.quiesce(lambda: self._close(done)))
+        self._when_idle(lambda: self._flush_chain(lambda: self.chain.quiesce(lambda: self._close(done))))
 
     def _close(self, done: Callable[[], None]) -> None:
         if self.state == CLOSED:

@@ -150,16 +150,18 @@ class Durable:
     # Close
 
     def finish(self) -> None:
-        """Write everything, in this thread, with nothing under way. ImageError if that fails."""
+        """Write everything, durably, in this thread, with nothing under way. ImageError if that fails."""
         assert not self._committing and not self._releasing, "closed without quiesce"
         driver = self._driver
+        data_is_durable = False
         while not driver.distrusted:
             commit = self._writer.begin_commit()
             dropped, self._dropped = self._dropped, []
-            if not dropped and not self._leaving and not any(commit.stages):
+            if data_is_durable and not dropped and not self._leaving and not any(commit.stages):
                 commit.succeeded()
                 break
             code = commit.run(driver.file, driver.data)
+            data_is_durable = True
             self._settle(commit, dropped, code)
             if code:
                 raise ImageError("cannot write the image's tables", errno=code, path=driver.path,

@@ -349,6 +349,17 @@ def test_close_drains_then_closes_and_fails_what_comes_later(vbd: Vbd) -> None:
     assert again.count == 1
 
 
+def test_close_makes_what_was_written_durable(vbd: Vbd, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Manual, "fileno", lambda self: 0)
+    owner, closed, disk = Owner(vbd), Flag(), leaf()
+    vbd.submit([owner.make(WRITE, 0, b"c" * 512)])
+    disk.finish()
+    vbd.close(closed)
+    assert [op for op, *_ in disk.log] == [WRITE, FLUSH] and not disk.closed
+    disk.finish()
+    assert closed.count == 1 and disk.closed
+
+
 def test_a_second_close_waits_for_the_first(vbd: Vbd) -> None:
     owner, first, second = Owner(vbd), Flag(), Flag()
     vbd.submit([owner.make(WRITE, 0, b"c" * 512)])

@@ -12,6 +12,7 @@ from tapcore.driver import Env
 from tapcore.formats.commit import Commit
 from tapcore.formats.imagefile import ImageFile
 from tapcore.formats.qcow2.create import create
+from tapcore.formats.tools import find_tools
 
 
 def test_no_commit_begins_beside_another(env: Env, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,3 +49,27 @@ def test_no_commit_begins_beside_another(env: Env, tmp_path: Path, monkeypatch: 
     assert max(most) == 1
     monkeypatch.undo()
     runner.close()
+
+
+@pytest.mark.parametrize("kind", ["qcow", "qcow2", "vhd", "vmdk"])
+def test_close_makes_data_durable_though_no_table_changed(
+    env: Env, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    path = tmp_path / "image"
+    find_tools(kind).create(str(path), 1 << 20)
+    runner = Runner(env, f"{kind}:{path}")
+    assert runner.write(0, b"a" * 65536) == 0
+    runner.close()
+    runner = Runner(env, f"{kind}:{path}")
+    assert runner.read(0, 512) == b"a" * 512  # its table is cached
+    assert runner.write(0, b"b" * 512) == 0
+    synced: list[bytes] = []
+    real = ImageFile.sync
+
+    def sync(file: ImageFile) -> int:
+        synced.append(path.read_bytes())
+        return real(file)
+
+    monkeypatch.setattr(ImageFile, "sync", sync)
+    runner.close()
+    assert any(b"b" * 512 in content for content in synced)
