@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import signal
+import sys
 import tempfile
 from pathlib import Path
 
-from tools.benchmarks import logscan, nbd, report
+from tools.benchmarks import chart, logscan, migration, nbd, replication, report
 
 LOG_ROWS = "log: peek, take"
 
@@ -19,6 +21,8 @@ EPILOG = """\
 examples:
   tools/bench --quick --rows raw:
   tools/bench --rows qcow2 --repeat 5 --json bench.json
+  tools/bench --rows replicate                       4 GiB disks on this machine
+  tools/bench --rows migrate --scale 0.25            1 GiB disks over 1 Gbit/s; as root
 """
 
 
@@ -28,22 +32,30 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="one short repetition of each")
     parser.add_argument("--rows", default="", metavar="TEXT", help="only rows that have this in their name")
     parser.add_argument("--list", action="store_true", help="name the rows")
-    parser.add_argument("--repeat", type=int, default=3, help="repetitions (default 3)")
+    parser.add_argument("--repeat", type=int, help="repetitions (default 3; of a migration 1)")
     parser.add_argument("--seconds", type=float, default=3.0, help="of one measurement (default 3)")
     parser.add_argument("--size-mib", type=int, default=1024, help="size of the disk (default 1024)")
+    parser.add_argument("--scale", type=float, default=1.0,
+                        help="size of the disk that is replicated or migrated, in parts of 4 GiB (default 1)")
     parser.add_argument("--folder", type=Path, default=Path("/dev/shm"), help="where images are (default tmpfs)")
     parser.add_argument("--disk-folder", type=Path, default=Path("/var/tmp"),
                         help="where images of the direct rows are: on a real disk (default /var/tmp)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file")
+    parser.add_argument("--svg", type=Path, metavar="FILE", help="draw the ratios")
     options = parser.parse_args()
     if options.quick:
-        options.repeat, options.seconds, options.size_mib = 1, 1.0, 256
+        options.repeat, options.seconds, options.size_mib, options.scale = 1, 1.0, 256, 0.25
+    if not 0.01 <= options.scale <= 16:
+        parser.error("--scale is from 0.01 to 16")
     return options
 
 
 def main() -> None:
     options = parse_arguments()
-    names = [*(row.name for row in nbd.ROWS), LOG_ROWS]
+    # So that what was started is ended, and what was made is removed.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    names = [row.name for row in nbd.ROWS] + [row.name for row in replication.ROWS]
+    names += [*(row.name for row in migration.ROWS), LOG_ROWS]
     if options.list:
         print("\n".join(names))
         return
@@ -54,14 +66,20 @@ def main() -> None:
                for folder in (options.folder, options.disk_folder)]
     try:
         outcomes = nbd.measure(rows, options, *folders)
+        outcomes += replication.measure([row for row in replication.ROWS if options.rows in row.name], options,
+                                        folders[0])
+        outcomes += migration.measure([row for row in migration.ROWS if options.rows in row.name], options,
+                                      folders[0])
     finally:
         for folder in folders:
             shutil.rmtree(folder)
     if options.rows in LOG_ROWS:
-        outcomes += logscan.measure(options.repeat)
+        outcomes += logscan.measure(options.repeat or 3)
     report.show(outcomes)
     if options.json:
         report.write_json(options.json, outcomes)
+    if options.svg:
+        chart.write(options.svg, outcomes)
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ def measure(rows: Iterable[Row], options: argparse.Namespace, folder: Path, disk
 def _measure_subject(subject: Subject, rows: list[Row], options: argparse.Namespace) -> list[Outcome]:
     outcomes = {row.name: Outcome(row.name, row.unit) for row in rows}
     subject.prepare()
-    for repetition in range(options.repeat):
+    for repetition in range(options.repeat or 3):
         for name, command in subject.servers().items():
             if repetition == 0:
                 with running(name, command, subject.folder) as uri:

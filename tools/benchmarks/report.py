@@ -20,7 +20,7 @@ def show(outcomes: list[Outcome]) -> None:
     servers = list(dict.fromkeys(name for outcome in outcomes for name in outcome.figures))
     table = Table("row", "unit", *servers, "ratio", "spread")
     for outcome in outcomes:
-        digits = 1 if outcome.unit == "ms" else 0
+        digits = 0 if outcome.unit in ("IOPS", "MB/s", "runs") else 2 if outcome.unit == "s/GiB" else 1
         figures = [f"{outcome.median(name):,.{digits}f}" if name in outcome.figures else "" for name in servers]
         ratio = outcome.ratio()
         table.add_row(outcome.row, outcome.unit, *figures, "" if ratio is None else f"{ratio:.2f}",
