@@ -197,6 +197,8 @@ def _open_level(
     top = _open_driver(env, where, level, flags, lower)
     family = [top]
     try:
+        if (fd := top.fileno()) is not None:
+            env.reach.add_named(fd)
         child, child_where = top, where
         seen: dict[object, Driver] = {(level.driver, level.params): top, _file_id(top): top}
         while True:
@@ -214,6 +216,9 @@ def _open_level(
             parent_flags = flags | OpenFlag.RDONLY | OpenFlag.SHAREABLE
             parent = _open_driver(env, parent_where, Level(*key), parent_flags, None)
             family.append(parent)
+            if (fd := parent.fileno()) is not None and child.path is not None:
+                with _naming(child_where, child.name):
+                    env.reach.check_open(child.path, parent_id.params, fd)
             file_id = _file_id(parent)
             if file_id in seen:
                 raise _loop(parent_where, seen[file_id])

@@ -30,6 +30,7 @@ from typing import ClassVar
 
 from tapcore.errors import ChainError
 from tapcore.loop import Loop
+from tapcore.reach import ANYWHERE, Reach
 from tapcore.request import Request, fail
 from tapcore.workers import Workers
 
@@ -97,6 +98,8 @@ class Env:
     workers: Workers
     run_dir: Path = field(default_factory=lambda: Path("/run/tapdisk"))
     """Where control sockets live."""
+    reach: Reach = ANYWHERE
+    """Which files images may name."""
 
 
 class Driver:

@@ -14,6 +14,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Final
 
 from tapcore.errors import UsageError, WritelogError
+from tapcore.reach import VARIABLE, Reach, folders_of_environment, parse_folders
 from tapcore.rundir import default_run_dir
 
 if TYPE_CHECKING:
@@ -84,6 +85,9 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
                         "and server-key.pem")
     parser.add_argument("--insecure", action="store_true",
                         help="listen for other hosts without TLS: whoever reaches the port may use the disk")
+    parser.add_argument("--backing-dirs", type=parse_folders, metavar="DIR[:DIR…]",
+                        help="where the images may name backing files, besides their own folders and the files of "
+                             f"the chains given here (default: ${VARIABLE}, or nowhere else)")
     parser.add_argument("--read-only", action="store_true", help="serve all of them read-only")
     parser.add_argument("--max-retries", type=_count, default=100, metavar="N",
                         help="try a failed request again so often before the guest sees it (default: %(default)s)")
@@ -148,7 +152,8 @@ def _serve(options: argparse.Namespace, run_dir: Path, ready: Callable[[], None]
                         format="%(asctime)s tapdisk: %(message)s")
     loop = Loop()
     workers = Workers(loop)
-    engine = Engine(Env(loop, workers, run_dir), max_retries=options.max_retries,
+    folders = folders_of_environment() if options.backing_dirs is None else options.backing_dirs
+    engine = Engine(Env(loop, workers, run_dir, Reach(folders or ())), max_retries=options.max_retries,
                     retry_interval_s=options.retry_interval, on_down=loop.stop, tls=tls,
                     allow_remote=options.insecure)
 

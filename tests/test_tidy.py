@@ -38,6 +38,7 @@ tapcore.nbd.client_codec
 tapcore.nbd.reply_decoder
 tapcore.nbd.wire
 tapcore.params
+tapcore.reach
 tapcore.request
 tapcore.rundir
 tapcore.stats

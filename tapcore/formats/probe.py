@@ -15,6 +15,7 @@ from typing import Final
 
 from tapcore.driver import ParentId
 from tapcore.errors import ImageError, UsageError, image_error
+from tapcore.reach import ANYWHERE, Reach
 
 FORMATS: Final = {"raw": "aio", "file": "aio", "host_device": "aio", "qcow": "qcow", "qcow2": "qcow2",
                   "vpc": "vhd", "vmdk": "vmdk"}
@@ -53,10 +54,12 @@ def format_name(driver: str) -> str:
     return name
 
 
-def parent_of(path: str, backing_file: str, backing_format: str | None) -> ParentId:
+def parent_of(path: str, backing_file: str, backing_format: str | None, reach: Reach = ANYWHERE) -> ParentId:
     """The parent of the image at `path` that names `backing_file` (relative to its folder) of `backing_format`
-    (QEMU's name; None: look). ImageError if it is no local file, or of a format that has no driver."""
+    (QEMU's name; None: look). ImageError if it is no local file, not within `reach`, or of a format that has no
+    driver."""
     parent = beside(path, backing_file, "backing file")
+    reach.check(path, parent)
     if backing_format is None:
         return ParentId(probe(parent, path), parent)
     if backing_format not in FORMATS:

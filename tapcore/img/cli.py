@@ -24,6 +24,8 @@ ABOUT = """\
 IMAGE is a file, of the format that -f says or that it looks like, or a chain as tapdisk takes it
 (nbd:unix:/run/vm1.nbd, log:|qcow2:/vm/disk.qcow2). A file's name with a colon in it is written ./name:1.
 SIZE and BYTES are numbers of bytes, or with K, M, G or T. An image that others use is refused, with their names.
+Backing files are opened wherever images name them, or only in their own folders and in $TAPDISK_BACKING_DIRS
+(DIR[:DIR...]), if that is set.
 
 exit codes: 0 done, 1 an error (one line on standard error), 2 wrong usage; compare and check have more
 """

@@ -28,6 +28,7 @@ from tapcore.driver import VERBS, Driver, Env, OpenFlag
 from tapcore.errors import ImageError
 from tapcore.imagelock import refuse_readers
 from tapcore.loop import Loop
+from tapcore.reach import Reach, folders_of_environment
 from tapcore.request import OP_NAMES, Request
 from tapcore.workers import Workers
 
@@ -70,7 +71,7 @@ class Session:
     def __init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="td-img-")
         loop = Loop()
-        self.env = Env(loop, Workers(loop, WORKERS), Path(self._folder.name))
+        self.env = Env(loop, Workers(loop, WORKERS), Path(self._folder.name), Reach(folders_of_environment()))
         self._chains: list[Chain] = []
         self._active = 0
         self._failure: BaseException | None = None

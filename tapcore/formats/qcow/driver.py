@@ -55,7 +55,7 @@ class QcowDriver(WritableDriver):
         if self.header.backing_file is None:
             return None
         assert self.path is not None
-        return parent_of(self.path, self.header.backing_file, self.header.backing_format)
+        return parent_of(self.path, self.header.backing_file, self.header.backing_format, self.env.reach)
 
     def closing(self) -> None:
         self.writer.tail.fill()

@@ -114,7 +114,7 @@ class Qcow2Driver(WritableDriver):
         if self.header.backing_file is None:
             return None
         assert self.path is not None
-        return parent_of(self.path, self.header.backing_file, self.header.backing_format)
+        return parent_of(self.path, self.header.backing_file, self.header.backing_format, self.env.reach)
 
     def closing(self) -> None:
         """The file ends with a whole cluster."""

@@ -92,7 +92,7 @@ class VhdDriver(WritableDriver):
         if self.image.footer.disk_type != DIFFERENCING:
             return None
         assert self.path is not None
-        return find_parent(self.path, self.file, self.image, self.name)
+        return find_parent(self.path, self.file, self.image, self.name, self.env.reach)
 
     def validate_parent(self, parent: Driver) -> None:
         header = self.image.header

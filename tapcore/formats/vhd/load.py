@@ -43,6 +43,7 @@ from tapcore.formats.vhd.layout import (
     parse_header,
     round_up,
 )
+from tapcore.reach import ANYWHERE, Reach
 
 MAX_FAULTS: Final = 100
 OUT_OF_USE: Final = "was put out of use by XenServer: the footer's cookie is v_poison"
@@ -235,7 +236,7 @@ def find_overlaps(image: Image, table: array[int], file_bytes: int) -> list[str]
     return found
 
 
-def find_parent(path: str, file: ImageFile, image: Image, driver: str) -> ParentId:
+def find_parent(path: str, file: ImageFile, image: Image, driver: str, reach: Reach = ANYWHERE) -> ParentId:
     """Where the parent of the differencing image at `path` is; `driver` is the one for a VHD. The first that its
     locators lead to and that has the right id. ImageError if there is none."""
     header = image.header
@@ -251,6 +252,7 @@ def find_parent(path: str, file: ImageFile, image: Image, driver: str) -> Parent
             tried.append(parent)
             continue
         tried.append(parent)
+        reach.check(path, parent)
         if is_raw:
             return ParentId("sync" if driver == "vhdsync" else "aio", parent)
         if unique_id(parent) == header.parent_unique_id:

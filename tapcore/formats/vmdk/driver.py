@@ -116,7 +116,7 @@ class VmdkDriver(Driver):
         if descriptor.parent_cid == NO_PARENT_CID or descriptor.parent_hint is None:
             return None
         assert self.path is not None
-        return parent_of(self.path, descriptor.parent_hint, "vmdk")
+        return parent_of(self.path, descriptor.parent_hint, "vmdk", self.env.reach)
 
     def validate_parent(self, parent: Driver) -> None:
         if not isinstance(parent, VmdkDriver):
