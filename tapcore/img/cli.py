@@ -38,7 +38,7 @@ examples:
 """
 CREATE = """
 The format is what -f says, else what the name ends with (.qcow2, .qcow, .vhd, .vmdk), else raw. PATH must not
-exist. BACKING is written into the image as it is: a relative path counts from the folder of PATH.
+exist. BACKING is written into the image as it is (x:1 as ./x:1): a relative path counts from the folder of PATH.
 
 examples:
   td-img create disk.img 10G                                   sparse

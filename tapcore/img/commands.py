@@ -71,7 +71,9 @@ def backing_of(image: str, text: str, chosen: str | None) -> tuple[Image, Backin
         raise UsageError(f"{path} looks like an image that leads to other files, or is a raw disk whose guest "
                          "wrote that", hint="say its format with -F")
     found = locate(path if path.startswith("/") else f"./{path}", chosen)
-    return found, Backing(text, found.driver)
+    # In front of a colon others see a protocol, and this program would refuse the name.
+    name = f"./{text}" if ":" in text.partition("/")[0] else text
+    return found, Backing(name, found.driver)
 
 
 def create(options: argparse.Namespace) -> int:

@@ -281,6 +281,16 @@ def test_an_overlay_made_described_mapped_and_committed(tmp_path: Path) -> None:
     assert not (tmp_path / "top.qcow2").exists()
 
 
+@pytest.mark.parametrize("name", ["qcow", "qcow2", "vhd"])
+def test_a_backing_with_a_colon_in_its_name(tmp_path: Path, name: str) -> None:
+    base, top = tmp_path / f"a:b.{name}", tmp_path / f"top.{name}"
+    td_img("create", base, "1M")
+    td_img("create", "-b", base.name, "-F", name, top)
+    assert [Path(level["image"]) for level in as_json("info", "--backing-chain", top)] == [top, base]
+    td_img("rebase", "-b", base.name, "-F", name, top)
+    assert as_json("map", top)
+
+
 def test_snapshots_inside_an_image(tmp_path: Path) -> None:
     path = tmp_path / "a.qcow2"
     (tmp_path / "part").write_bytes(b"\5" * 65536)
