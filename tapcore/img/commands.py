@@ -134,6 +134,8 @@ def _info_lines(about: dict[str, Any]) -> Iterator[str]:
 
 def check(options: argparse.Namespace) -> int:
     image = locate(options.image, options.format)
+    if options.repair:
+        refuse_readers(image.file)
     report = image.tools.check(image.file, repair=options.repair)
     units = f"{report.errors} errors, {report.leaks} leaks"
     repaired = f", {report.repaired} repaired" if options.repair else ""
@@ -230,6 +232,7 @@ def rebase(options: argparse.Namespace) -> int:
     elif options.backing:
         found, backing = backing_of(image.file, options.backing, options.backing_format)
     if options.unsafe:
+        refuse_readers(image.file)
         image.tools.set_backing(image.file, backing)
         done = layers.Rebased(str(image), backing.path if backing else None, 0)
     else:

@@ -19,6 +19,7 @@ from tapcore.errors import ImageError, UsageError, WritelogError
 from tapcore.formats.tools import find_tools
 from tapcore.formats.vhd.layout import MAX_DISK_BYTES
 from tapcore.formats.vhd.tools import VhdTools
+from tapcore.imagelock import refuse_readers
 from tapcore.img import describe, layers
 from tapcore.img.cli import run
 from tapcore.img.commands import EXIT_ERROR, EXIT_OK, EXIT_USAGE
@@ -172,6 +173,7 @@ def _resize_parser(program: str) -> argparse.ArgumentParser:
 
 
 def _resize(options: argparse.Namespace) -> int:
+    refuse_readers(options.name)
     VhdTools.resize(options.name, options.size * MIB, shrink=options.shrink)
     return EXIT_OK
 

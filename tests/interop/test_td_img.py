@@ -18,6 +18,7 @@ import pytest
 from processes import Tapdisk
 from support import need
 
+from tapcore.img import vhd_util
 from tapcore.img.cli import main
 
 SIZE = 8 << 20
@@ -178,6 +179,25 @@ def test_an_image_is_not_changed_below_one_that_is_used(serve: Callable[..., Tap
     td_img("info", tmp_path / "used.qcow2")
     disk.stop()
     td_img("commit", tmp_path / "top.qcow2")
+
+
+def test_a_parent_that_is_used_is_not_repaired_or_rebased(
+    serve: Callable[..., Tapdisk], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, used, other = (tmp_path / f"{name}.vhd" for name in ("base", "used", "other"))
+    for path in (base, other):
+        td_img("create", path, "4M")
+    td_img("create", "-b", base.name, "-F", "vhd", used)
+    before = base.read_bytes()
+    disk = serve(f"vhd:{used}")
+    for arguments in (("check", "--repair", base), ("rebase", "-u", "-b", other.name, "-F", "vhd", base)):
+        assert f"process {disk.process.pid} (" in td_img(*arguments, status=1), arguments
+    assert vhd_util.main(["resize", "-n", str(base), "-s", "8"]) == 1
+    assert f"process {disk.process.pid} (" in capsys.readouterr().err
+    td_img("check", base)
+    disk.stop()
+    assert base.read_bytes() == before
+    td_img("check", "--repair", base)
 
 
 def test_a_source_that_is_gone_does_not_hold_the_program(serve: Callable[..., Tapdisk], tmp_path: Path) -> None:
