@@ -24,7 +24,7 @@ from writelog.migrate_check import (
 )
 from writelog.migrate_qmp import Monitor, parse_monitor
 from writelog.migrate_report import MigrationReporter
-from writelog.migrate_run import Memories, Migration
+from writelog.migrate_run import MemoryMove, Migration
 from writelog.plan import Limits
 from writelog.replica import run_command, seconds, some_seconds
 from writelog.sync import floor, rate
@@ -105,7 +105,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def prepare_memory(options: argparse.Namespace, monitor: Monitor) -> Memories:
+def prepare_memory(options: argparse.Namespace, monitor: Monitor) -> MemoryMove:
     """Check that QEMU can migrate; what to tell it."""
     status = monitor.call("query-migrate").get("status")
     if status in UNDER_WAY:
@@ -119,7 +119,7 @@ def prepare_memory(options: argparse.Namespace, monitor: Monitor) -> Memories:
     parameters = {"downtime-limit": int(options.downtime * 1000)}
     if options.memory_rate is not None:
         parameters["max-bandwidth"] = int(options.memory_rate)
-    return Memories(options.to, capabilities, parameters, {name: int(former[name]) for name in parameters})
+    return MemoryMove(options.to, capabilities, parameters, {name: int(former[name]) for name in parameters})
 
 
 def prepare_destination(uri: str, monitor: Monitor) -> None:
@@ -156,12 +156,12 @@ def run(options: argparse.Namespace) -> int:
             monitor = stack.enter_context(closing(Monitor(options.qmp)))
             if not options.no_disk_check:
                 check_disks(monitor.call("query-block"), {name: exports(run_dir, name) for name in disks})
-            memories = prepare_memory(options, monitor)
+            memory_move = prepare_memory(options, monitor)
             destination = stack.enter_context(closing(Monitor(options.dest_qmp))) if options.dest_qmp else None
             if destination is not None:
                 prepare_destination(options.to, destination)
             was_running = bool(monitor.call("query-status")["running"])
-            migration = Migration(monitor, destination, memories, run_dir, sources, peers, limits, reporter,
+            migration = Migration(monitor, destination, memory_move, run_dir, sources, peers, limits, reporter,
                                   overwrite=options.overwrite, was_running=was_running)
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, migration.interrupt)

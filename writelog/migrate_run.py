@@ -48,7 +48,7 @@ class Fault(Exception):
 
 
 @dataclass(frozen=True)
-class Memories:
+class MemoryMove:
     """How QEMU is to move the memory: where to, with which capabilities and parameters."""
 
     uri: str
@@ -91,14 +91,14 @@ class DiskSync:
 class Migration:
     """Of one guest. `peers` has the replica of each source."""
 
-    def __init__(self, monitor: Monitor, destination: Monitor | None, memories: Memories, run_dir: Path,
+    def __init__(self, monitor: Monitor, destination: Monitor | None, memory_move: MemoryMove, run_dir: Path,
                  sources: Mapping[str, Source], peers: Mapping[str, Peer], limits: Limits,
                  reporter: MigrationReporter, *, overwrite: bool, was_running: bool) -> None:
         self._interrupted = False
         self.state = State.DISKS
         self._monitor = monitor
         self._destination = destination
-        self._memories = memories
+        self._memory_move = memory_move
         self._run_dir = run_dir
         self._peers = peers
         self._limits = limits
@@ -119,12 +119,13 @@ class Migration:
         self._actions: dict[Action, Callable[[], None]] = {
             Action.COPY_MEMORY: self._copy_memory, Action.SEND_LAST_ROUND: lambda: self._mark("stop"),
             Action.HAND_OVER: lambda: self._mark("last round"), Action.PROMOTE: lambda: self._mark("hand over"),
-            Action.CONTINUE: self._continue, Action.FINISH: lambda: self._mark("move"),
+            Action.CONTINUE: self._continue, Action.FINISH: self._finish,
             Action.UNDO: self._undo, Action.STRAND: self._strand}
 
     def run(self) -> MigrationReport:
         """To the end. ReplicationError if the guest does not run at the destination; it says where it is."""
         try:
+            self._reporter.state(self.state.value)
             for disk in self._disks.values():
                 disk.start()
             while self.state not in FINAL:
@@ -141,8 +142,9 @@ class Migration:
             self._group.abort("the migration failed")
             if self._guard is not None:
                 self._guard.close(self.state in FINAL)
-            for disk in self._disks.values():
-                disk.join()
+            if self.state is not State.STRANDED:  # then a sync may still try to have its replica promoted
+                for disk in self._disks.values():
+                    disk.join()
 
     def interrupt(self, *_: object) -> None:
         """Give up, if that is still possible. For signal handlers."""
@@ -150,7 +152,8 @@ class Migration:
 
     @property
     def was_interrupted(self) -> bool:
-        return self._interrupted
+        """Whether that is why the guest runs on here."""
+        return self._interrupted and self.state is State.UNDONE
 
     def _go_on(self, event: Event | None) -> None:
         if event is None:
@@ -268,11 +271,11 @@ class Migration:
     # What is done about it
 
     def _copy_memory(self) -> None:
-        monitor, memories = self._monitor, self._memories
+        monitor, move = self._monitor, self._memory_move
         self._guard = Guard(monitor.name, self._run_dir,
                             {name: peer.endpoint for name, peer in self._peers.items()}, self._was_running)
-        self._set(memories.capabilities, memories.parameters)
-        monitor.call("migrate", uri=memories.uri)
+        self._set(move.capabilities, move.parameters)
+        monitor.call("migrate", uri=move.uri)
 
     def _set(self, capabilities: Mapping[str, bool], parameters: Mapping[str, int]) -> None:
         if capabilities:
@@ -284,6 +287,15 @@ class Migration:
     def _continue(self) -> None:
         self._mark("promote")
         self._monitor.call("migrate-continue", state=STOPPED)
+
+    def _finish(self) -> None:
+        self._mark("move")
+        if self._destination is None or not self._was_running or self._runs_there():
+            return
+        try:
+            self._destination.call("cont")  # it was started with -S
+        except MonitorError as error:
+            self._warning = f"it stands still there: {error.message}"
 
     def _undo(self) -> None:
         """Have the guest run on here."""
@@ -314,8 +326,8 @@ class Migration:
                     hint="if QEMU runs, give it 'migrate_cancel' and 'cont', or the guest stands still") from error
             self._monitor = monitor
             cancel_memory(monitor, self._was_running)
-        memories = self._memories
-        self._set({name: not state for name, state in memories.capabilities.items()}, memories.former_parameters)
+        move = self._memory_move
+        self._set({name: not state for name, state in move.capabilities.items()}, move.former_parameters)
 
     def _strand(self) -> None:
         """After the point of no return: see that it does not run here, and say what is where. If the destination
@@ -347,5 +359,5 @@ class Migration:
                 reports.append(disk.report)
         with contextlib.suppress(MonitorError):  # QEMU may have ended
             self._memory = memory_of(self._monitor.call("query-migrate")) or self._memory
-        return MigrationReport(reports, self._memory, self._memories.uri, time.monotonic() - self._start_s,
+        return MigrationReport(reports, self._memory, self._memory_move.uri, time.monotonic() - self._start_s,
                                downtime_parts(self._marks, reports), self._warning)

@@ -88,13 +88,14 @@ def boot(folder: Path, script: str, disk: str) -> str:
 class Guest:
     """A QEMU that runs: booted, or with `incoming` waiting for a guest. Its monitor is at `monitor`."""
 
-    def __init__(self, folder: Path, initramfs: Path, disks: Sequence[str], incoming: str | None = None) -> None:
+    def __init__(self, folder: Path, initramfs: Path, disks: Sequence[str], incoming: str | None = None,
+                 *options: str) -> None:
         self.monitor = f"unix:{folder}/{'there' if incoming else 'here'}.qmp"
         self._console = bytearray()
         self._grown = threading.Condition()
-        options = ["-qmp", f"{self.monitor},server=on,wait=off"]
+        options = ("-qmp", f"{self.monitor},server=on,wait=off", *options)
         if incoming is not None:
-            options += ["-incoming", incoming]
+            options += ("-incoming", incoming)
         command = command_of(initramfs, disks, memory_mib=MEMORY_MIB, geometry=GEOMETRY if incoming else "")
         self.process = subprocess.Popen([*command, *options], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                                         stderr=subprocess.DEVNULL if incoming else None)

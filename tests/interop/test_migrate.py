@@ -54,8 +54,10 @@ CHOOSE = {1: "disk=/dev/vda", 2: "[ $((n % 2)) = 1 ] && disk=/dev/vda || disk=/d
 class Move:
     """A guest with `disks` disks that writes, and all that is there for it to move to."""
 
-    def __init__(self, folder: Path, serve: Serve, initramfs: Path, disks: int = 1) -> None:
+    def __init__(self, folder: Path, serve: Serve, initramfs: Path, disks: int, *there: str) -> None:
+        """`there`: options of the QEMU at the destination."""
         self.folder = folder
+        self._options_there = there
         self.incoming = f"unix:{folder}/incoming"
         self.names = [f"vm{number}" for number in range(disks)]
         for name in self.names:
@@ -77,7 +79,7 @@ class Move:
 
     def _wait_there(self) -> Guest:
         uris = [f"nbd+unix:///{name}?socket={self.folder}/{name}.nbd" for name in self.names]
-        return Guest(self.folder, self._initramfs, uris, self.incoming)
+        return Guest(self.folder, self._initramfs, uris, self.incoming, *self._options_there)
 
     def wait_there_again(self) -> None:
         """A new QEMU at the destination: one whose guest did not come has ended."""
@@ -176,11 +178,11 @@ def initramfs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]
 
 @pytest.fixture
 def begin(tmp_path: Path, serve: Serve, initramfs: Callable[[int], Path]) -> Iterator[Begin]:
-    """`begin(disks=1)`: a guest that writes."""
+    """`begin(disks=1, *options of the QEMU at the destination)`: a guest that writes."""
     begun: list[Move] = []
 
-    def start(disks: int = 1) -> Move:
-        begun.append(Move(tmp_path, serve, initramfs(disks), disks))
+    def start(disks: int = 1, *there: str) -> Move:
+        begun.append(Move(tmp_path, serve, initramfs(disks), disks, *there))
         return begun[-1]
 
     yield start
@@ -204,10 +206,11 @@ def succeed(move: Move) -> dict[str, Any]:
     return events[-1]
 
 
-@pytest.mark.parametrize("disks", [1, 2])
+@pytest.mark.parametrize(("disks", "there"), [(1, []), (2, ["-S"])])
 @pytest.mark.parametrize("number", range(ROUNDS))
-def test_a_guest_moves(begin: Begin, disks: int, number: int) -> None:
-    move = begin(disks)
+def test_a_guest_moves(begin: Begin, disks: int, there: list[str], number: int) -> None:
+    """To a QEMU that starts it, or that waits to be told to."""
+    move = begin(disks, *there)
     report = succeed(move)
     assert report["state"] == "done" and len(report["disks"]) == disks
     assert all(disk["handed_over"] for disk in report["disks"])
