@@ -15,7 +15,7 @@ POLL_S: Final = 0.02
 SETTLE_S: Final = 10.0
 """Longest wait for QEMU, or a tapdisk, to have done what it was told to."""
 STOP_S: Final = 2.0
-"""Longest wait for QEMU to say that a guest is stopped."""
+"""Longest wait for QEMU to start a guest after a failure, and to say that it is stopped."""
 STANDS_STILL: Final = frozenset({"paused", "postmigrate", "finish-migrate"})
 
 
@@ -44,12 +44,16 @@ def cancel_memory(monitor: Monitor, was_running: bool) -> None:
 
 
 def stop_guest(monitor: Monitor) -> None:
-    """See that the guest does not run here, whatever QEMU thinks of its migration. It halts at once, but
-    QEMU does not answer before its disks do: if the guest has asked something of a fenced one, only once that is
-    resumed."""
+    """See that the guest does not run here. When a migration has failed QEMU starts it, a moment after it has said
+    so. Told to stop it, QEMU does not answer before its disks do: if the guest has asked something of a fenced
+    one, only once that is resumed."""
     monitor.answer_s = STOP_S
-    if monitor.call("query-status")["running"]:
-        monitor.call("stop")
+    deadline_s = time.monotonic() + STOP_S
+    while not monitor.call("query-status")["running"]:
+        if time.monotonic() > deadline_s:
+            return
+        monitor.events(POLL_S)
+    monitor.call("stop")
 
 
 def free_disk(run_dir: Path, name: str, endpoint: str) -> None:
