@@ -110,7 +110,7 @@ class Script:
                 sender, *frames = self._socket.recv_multipart()
                 message, payload = wire.decode(frames)
                 if isinstance(message, Hello):
-                    peer = sender
+                    peer, applied = sender, 0
                 elif sender != peer:
                     continue
                 applied = getattr(message, "seq", applied)
