@@ -87,6 +87,8 @@ class RawFile:
         self.read_only = read_only
         self.min_block_bytes = 1
         self._lost_errno = 0
+        self._data_run = range(0)
+        """Where data was found last, as far as it goes. If a part of it is a hole by now, it is read in vain."""
 
     @classmethod
     def open(cls, path: str, flags: OpenFlag) -> Self:
@@ -190,6 +192,8 @@ class RawFile:
                 fallocate(self.fd, FALLOC_FL_PUNCH_HOLE, offset, length)
         except OSError as error:
             return 0 if error.errno == errno.EOPNOTSUPP else error.errno or errno.EIO
+        finally:
+            self._data_run = range(0)
         return 0
 
     def _discard_blocks(self, offset: int, length: int) -> None:
@@ -211,6 +215,7 @@ class RawFile:
         for mode in modes:
             try:
                 fallocate(self.fd, mode, offset, length)
+                self._data_run = range(0)
                 return 0
             except OSError as error:
                 if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
@@ -229,28 +234,37 @@ class RawFile:
 
     def status(self, offset: int, length: int) -> list[Extent]:
         """Extents from `offset` on, at most MAX_EXTENTS; a hole, or what was allocated but never written, is
-        HOLE|ZERO. OSError if the file system fails."""
+        HOLE|ZERO. OSError if the file system fails.
+
+        To find the end of a run of data, tmpfs walks through all of its pages: so that is done once for a run.
+        """
         if self.is_device:
             return [(length, 0)]
         end = offset + length
         extents: list[Extent] = []
         while offset < end and len(extents) < MAX_EXTENTS:
-            data = self._seek(offset, os.SEEK_DATA, end)
+            run = self._data_run
+            if offset not in run:
+                run = self._find_data(offset)
+            data, hole = min(max(run.start, offset), end), min(run.stop, end)
             if data > offset:
                 extents.append((data - offset, STATUS_HOLE | STATUS_ZERO))
-            hole = self._seek(data, os.SEEK_HOLE, end) if data < end else end
             if hole > data:
                 extents.append((hole - data, 0))
             offset = hole
         return extents
 
-    def _seek(self, offset: int, whence: int, end: int) -> int:
+    def _find_data(self, offset: int) -> range:
+        """The first run of data at or after `offset`; empty, at the end of the disk, if there is none."""
         try:
-            return min(os.lseek(self.fd, offset, whence), end)
+            data = os.lseek(self.fd, offset, os.SEEK_DATA)
+            run = range(data, os.lseek(self.fd, data, os.SEEK_HOLE))
         except OSError as error:
             if error.errno == errno.ENXIO:
-                return end
+                return range(self.size_bytes, self.size_bytes)
             raise
+        self._data_run = run
+        return run
 
 
 def _open_error(error: OSError, path: str, read_only: bool) -> ImageError:

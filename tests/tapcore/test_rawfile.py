@@ -18,9 +18,23 @@ import pytest
 from tapcore.driver import OpenFlag
 from tapcore.errors import ImageError
 from tapcore.rawfile import IOV_MAX, RawFile, transfer
-from tapcore.request import DISCARD, FAST, FLUSH, FUA, NO_HOLE, READ, STATUS, WRITE, ZEROES, Request
+from tapcore.request import (
+    DISCARD,
+    FAST,
+    FLUSH,
+    FUA,
+    NO_HOLE,
+    READ,
+    STATUS,
+    STATUS_HOLE,
+    STATUS_ZERO,
+    WRITE,
+    ZEROES,
+    Request,
+)
 
 SIZE = 1 << 20
+HOLE = STATUS_HOLE | STATUS_ZERO
 RW, RO = OpenFlag.NONE, OpenFlag.RDONLY
 PARENT = OpenFlag.RDONLY | OpenFlag.SHAREABLE
 
@@ -367,6 +381,20 @@ def test_an_answer_to_block_status_is_bounded(image: Path, monkeypatch: pytest.M
         request = Request(STATUS, 0, SIZE)
         assert file.perform(request) == 0
         assert request.extents == [(4096, 0), (126976, 3), (4096, 0), (126976, 3), (4096, 0)]
+
+
+def test_the_end_of_a_run_of_data_is_looked_for_once(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    image.write_bytes(b"x" * (1 << 20))
+    with opened(image) as file:
+        assert file.status(0, 65536) == [(65536, 0)]
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "lseek", lambda *_: pytest.fail("looked for again"))
+            assert file.status(65536, 1 << 19) == [(1 << 19, 0)]
+        assert file.discard(131072, 65536) == 0
+        assert file.status(65536, 1 << 18) == [(65536, 0), (65536, HOLE), (131072, 0)]
+        assert file.status(131072, 65536) == [(65536, HOLE)]
+        assert file.zeroes(0, 65536, 0) == 0
+        assert file.status(0, 131072) == [(65536, HOLE), (65536, 0)]
 
 
 def test_a_file_system_that_fails_to_answer_block_status(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
