@@ -12,7 +12,7 @@ from tapcore.chain import Chain
 from tapcore.driver import OpenFlag
 from tapcore.errors import UsageError
 from tapcore.formats.tools import ImageTools, Packer
-from tapcore.img.copy import Disk, copy, granule_of, piece_of, read_in_order, zero_out
+from tapcore.img.copy import Disk, copy, flush, granule_of, piece_of, read_in_order, zero_out
 from tapcore.img.locate import Image, file_image
 from tapcore.img.newfile import new_file
 from tapcore.img.progress import Progress
@@ -77,6 +77,7 @@ def convert_into(session: Session, source: Image, target: Image, progress: Progr
     _copy_all(session, chain, source, into, str(target), progress, reads_zero=False)
     if room_bytes > size_bytes:
         session.run([_clear(Disk(into.head, str(target)), size_bytes, room_bytes)])
+        session.run([flush(Disk(into.head, str(target)))])
     session.close(into)
     session.close(chain)
     progress.end()
