@@ -94,9 +94,10 @@ def test_named_modules_exist() -> None:
         assert list(ROOT.glob(name)), f"ARCHITECTURE.md names {name}"
 
 
-def test_each_claim_of_reliability_names_a_test_that_there_is() -> None:
-    rows = [line.split("|") for line in (ROOT / "docs" / "reliability.md").read_text().splitlines()
-            if line.startswith("| ")]
+@pytest.mark.parametrize("document", ["reliability.md", "security.md"])
+def test_each_claim_names_a_test_that_there_is(document: str) -> None:
+    tables = re.split(r"\n\n", (ROOT / "docs" / document).read_text())
+    rows = [line.split("|") for table in tables if table.startswith("| claim |") for line in table.splitlines()]
     claims = [(row[1].strip(), row[2]) for row in rows if row[1].strip() not in ("claim", "---")]
     assert claims
     for claim, text in claims:
