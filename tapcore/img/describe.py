@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from tapcore.chain import MAX_PARENT_DEPTH, Chain
 from tapcore.driver import Driver, OpenFlag, ParentId, find_driver
-from tapcore.errors import UsageError, WritelogError
+from tapcore.errors import ImageError, UsageError, WritelogError
 from tapcore.formats.tools import find_tools, format_name
-from tapcore.img.layers import DEPTH_SHIFT, mark_depths
+from tapcore.img.layers import DEPTH_SHIFT, mark_depths, same_file
 from tapcore.img.locate import Image
 from tapcore.img.session import Session, Task, ended_well
 from tapcore.request import STATUS, STATUS_HOLE, STATUS_ZERO, Request
@@ -22,7 +23,8 @@ MAX_STATUS_BYTES = 1 << 30
 
 def describe(session: Session, image: Image, *, backing_chain: bool = False) -> list[dict[str, Any]]:
     """One description of the image, or with `backing_chain` of it and all below. Nothing is locked: a running disk
-    can be described; and each is opened alone: a backing file that is missing hides nothing else. ImageError."""
+    can be described; and each is opened alone: a backing file that is missing hides nothing else. ImageError, of
+    a chain also if it is a loop."""
     if image.path is None:
         chain = session.open(image.chain, LOOK)
         about = _describe_one(chain.leaf)
@@ -47,6 +49,9 @@ def describe(session: Session, image: Image, *, backing_chain: bool = False) -> 
         found.append(about)
         if not backing_chain:
             break
+        if level is not None and any(same_file(level.params, one["image"]) for one in found):
+            raise ImageError(f"its chain of parents is a loop: {about['image']} leads back to {level.params}",
+                             errno=errno.ELOOP, path=image.path, hint="give it another backing: td-img rebase -u")
     return found
 
 

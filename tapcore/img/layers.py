@@ -146,7 +146,7 @@ def rebase(
     chain = session.open(image.chain)
     images = mark_depths(chain)
     base = None if base_image is None else session.open(base_image.chain, BELOW)
-    if base is not None and any(_same_file(driver.path, image.file) for driver in base.drivers):
+    if base is not None and any(same_file(driver.path, image.file) for driver in base.drivers):
         raise UsageError(f"{base_image} is {image}, or lies on it: that would be a loop")
     target = Disk(chain.head, str(image))
     under = None if base is None else Disk(base.head, str(base_image))
@@ -161,7 +161,7 @@ def rebase(
     return Rebased(str(image), backing.path if backing else None, rebasing.copied_bytes)
 
 
-def _same_file(one: str | None, other: str) -> bool:
+def same_file(one: str | None, other: str) -> bool:
     return one is not None and Path(one).exists() and Path(one).samefile(other)
 
 

@@ -311,6 +311,15 @@ def test_a_backing_with_a_colon_in_its_name(tmp_path: Path, name: str) -> None:
     assert as_json("map", top)
 
 
+def test_a_chain_that_is_a_loop_is_not_described(tmp_path: Path) -> None:
+    one, two = tmp_path / "one.qcow2", tmp_path / "two.qcow2"
+    td_img("create", one, "1M")
+    td_img("create", "-b", one.name, "-F", "qcow2", two)
+    td_img("rebase", "-u", "-b", two.name, "-F", "qcow2", one)
+    assert f"two.qcow2 leads back to {one}" in td_img("info", "--backing-chain", one, status=1)
+    assert as_json("info", one)["backing"] == str(two)
+
+
 def test_snapshots_inside_an_image(tmp_path: Path) -> None:
     path = tmp_path / "a.qcow2"
     (tmp_path / "part").write_bytes(b"\5" * 65536)
