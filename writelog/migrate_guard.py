@@ -18,7 +18,7 @@ from pathlib import Path
 
 from tapcore.errors import WritelogError
 from writelog.migrate_check import parse_disks
-from writelog.migrate_plan import how_to_go_back
+from writelog.migrate_plan import fate_here, how_to_go_back
 from writelog.migrate_qmp import Monitor
 from writelog.migrate_undo import cancel_memory, free_disk
 
@@ -95,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for problem in problems:
         print(f"writelog-migrate: {problem}", file=sys.stderr)
     if not problems:
-        print("writelog-migrate: the migration was cancelled; the guest runs on here", file=sys.stderr)
+        print(f"writelog-migrate: the migration was cancelled; {fate_here(options.running)}", file=sys.stderr)
     return 1
 
 

@@ -72,6 +72,13 @@ PAUSED: Final = frozenset({State.LAST_ROUND, State.HANDING_OVER})
 """The guest stands still, and may go on here: this is not to last."""
 
 
+def fate_here(was_running: bool) -> str:
+    """Of a guest whose migration was undone."""
+    if was_running:
+        return "the guest runs on here"
+    return "the guest is here, paused as it was (QEMU wants a 'cont' before it tries again)"
+
+
 def how_to_go_back(disks: Iterable[str], is_moving: bool) -> str:
     """What an operator does for the guest to run on here, after the point of no return."""
     unpause = " and ".join(f"tap-ctl unpause --force {name}" for name in disks)

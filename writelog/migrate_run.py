@@ -18,7 +18,7 @@ from typing import Any, Final
 from tapcore.errors import ReplicationError, WritelogError
 from writelog.migrate_check import ENDED_BADLY, STOPPED, Memory, memory_of
 from writelog.migrate_guard import Guard
-from writelog.migrate_plan import FINAL, NO_RETURN, PAUSED, TABLE, Action, Event, State, how_to_go_back
+from writelog.migrate_plan import FINAL, NO_RETURN, PAUSED, TABLE, Action, Event, State, fate_here, how_to_go_back
 from writelog.migrate_qmp import Monitor, MonitorError
 from writelog.migrate_report import DiskReporter, MigrationReport, MigrationReporter, downtime_parts
 from writelog.migrate_undo import cancel_memory, reconnected, status_of, stop_guest
@@ -310,9 +310,7 @@ class Migration:
                 problems.append(f"the sync of disk {name!r} does not end")
             elif disk.error and not isinstance(disk.error, Aborted) and str(disk.error) not in self._fault:
                 problems.append(str(disk.error))
-        fate = "the guest runs on here" if self._was_running else "the guest is here, paused as it was"
-        if problems:
-            fate = "; ".join(problems)
+        fate = "; ".join(problems) if problems else fate_here(self._was_running)
         raise ReplicationError(f"{self._fault}; {fate}")
 
     def _cancel_memory(self) -> None:
