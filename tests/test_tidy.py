@@ -36,6 +36,7 @@ tapcore.merge
 tapcore.nbd.address
 tapcore.nbd.client_codec
 tapcore.nbd.reply_decoder
+tapcore.nbd.tls
 tapcore.nbd.wire
 tapcore.params
 tapcore.reach

@@ -4,14 +4,17 @@ Use: nbd:unix:/run/disk.nbd
      nbd:nbd://127.0.0.1:10809/export
      nbd:nbd+unix:///export?socket=/run/disk.nbd
      nbd:connections=4,timeout=30,unix:/run/disk.nbd
+     nbd:tls-creds=/etc/tapdisk/tls,nbds://host/export
 
 Options:
     connections=N   so many connections, 1 (the default) to 16, if the server says that they show one disk; else 1
     timeout=S       connect again to a server that owes a reply and is silent for S seconds; 60 without, 0: never
+    tls-creds=DIR   with an nbds: address: the folder with ca-cert.pem, whose servers alone are taken, and, if the
+                    server asks for them, client-cert.pem and client-key.pem
     fua             every change durable before it is acknowledged: nothing is lost if the server crashes
-They stand in front of the address, which begins with unix:, tcp:, nbd: or nbd+unix: and goes to the level's end. A
-short address (unix:, tcp:) names the server's default export. In a URI, write what has a meaning there (and '|')
-as %XX.
+They stand in front of the address, which begins with unix:, tcp:, nbd:, nbds: or nbd+unix: and goes to the level's
+end. A short address (unix:, tcp:) names the server's default export. In a URI, write what has a meaning there (and
+'|') as %XX.
 
 A connection that ends is made again, for as long as it takes, after 0.1 s at first and 5 s at last. Requests wait
 meanwhile, and those that were under way are sent again: none fails, each completes once. If the server comes back
@@ -20,17 +23,18 @@ with another size, read-only, or with less than it could do, they fail with ENXI
 Requests larger than the server takes are split; those that do not fit its blocks are widened, writes by reading
 the rest of the block. Discard, write-zeroes and block status are what the server has of them.
 
-Limits: not encrypted, not authenticated: over a network one trusts. What a server acknowledged and lost before a
-flush, because it crashed, is not noticed when it is back (the option fua prevents it). A server that is slow but
-alive should not be given up: it could carry out a write of the former connection late, over a newer one; let the
-timeout be longer than its longest pause, or 0. The disk's size is a multiple of 512 bytes. Opening resolves host
-names and waits up to 10 s.
+Limits: without TLS not encrypted, not authenticated: over a network one trusts. What a server acknowledged and
+lost before a flush, because it crashed, is not noticed when it is back (the option fua prevents it). A server that
+is slow but alive should not be given up: it could carry out a write of the former connection late, over a newer
+one; let the timeout be longer than its longest pause, or 0. The disk's size is a multiple of 512 bytes. Opening
+resolves host names and waits up to 10 s.
 """
 
 from __future__ import annotations
 
 import errno
 import re
+from pathlib import Path
 from typing import Final
 
 from tapcore.driver import SECTOR_BYTES, VERBS, DiskInfo, Driver, Feature, OpenFlag
@@ -40,6 +44,7 @@ from tapcore.nbd.address import HINT, NbdAddress, parse_address
 from tapcore.nbd.client_codec import ServerOffer
 from tapcore.nbd.fit import Split, Verbs, Widen
 from tapcore.nbd.remote import Remote, allocation_id, max_payload_bytes
+from tapcore.nbd.tls import load_client_credentials
 from tapcore.params import decimal, options, whole
 from tapcore.request import Request, fail
 
@@ -60,7 +65,8 @@ class Nbd(Driver):
         self._remote = remote = Remote(
             self.env, address, writing=writing, fua="fua" in chosen,
             connections=_connections(chosen.get("connections", "1")),
-            timeout_s=decimal("timeout", chosen["timeout"]) if "timeout" in chosen else DEFAULT_TIMEOUT_S)
+            timeout_s=decimal("timeout", chosen["timeout"]) if "timeout" in chosen else DEFAULT_TIMEOUT_S,
+            tls=load_client_credentials(Path(chosen["tls-creds"])) if address.tls else None)
         remote.open()
         try:
             self.info = _info(address, remote.offer, writing=writing, fua="fua" in chosen)
@@ -96,13 +102,17 @@ class Nbd(Driver):
 
 
 def _parse(driver: str, params: str) -> tuple[dict[str, str], NbdAddress]:
-    start = re.search(r"(?:^|,)(?=(?:unix|tcp|nbd|nbd\+unix):)", params)
+    start = re.search(r"(?:^|,)(?=(?:unix|tcp|nbds?|nbd\+unix):)", params)
     if start is None:
         raise UsageError(f"no NBD address in {params!r}", hint=HINT)
-    chosen = options(driver, params[: start.start()], ("connections", "timeout", "fua"))
+    chosen = options(driver, params[: start.start()], ("connections", "timeout", "fua", "tls-creds"))
     if chosen.get("fua"):
         raise UsageError(f"the option fua takes no value, not {chosen['fua']!r}")
-    return chosen, parse_address(params[start.end() :])
+    address = parse_address(params[start.end() :])
+    if address.tls != bool(chosen.get("tls-creds")):
+        raise UsageError("tls-creds=DIR and an address that begins with nbds: go together",
+                         hint="write it like nbd:tls-creds=/etc/tapdisk/tls,nbds://host/export")
+    return chosen, address
 
 
 def _connections(text: str) -> int:

@@ -22,7 +22,7 @@ from tapcore.formats.tools import ImageTools, find_tools
 
 logger = logging.getLogger(__name__)
 
-NBD_URI: Final = re.compile(r"nbd(\+unix)?://")
+NBD_URI: Final = re.compile(r"nbd(s|\+unix)?://")
 SUFFIXES: Final = {".qcow2": "qcow2", ".qcow": "qcow", ".vhd": "vhd", ".vpc": "vhd", ".vmdk": "vmdk"}
 
 

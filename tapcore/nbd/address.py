@@ -57,9 +57,7 @@ class NbdAddress:
             return False
 
     def connect(self, timeout_s: float) -> socket.socket:
-        """A connected socket. OSError (TimeoutError) if there is none to be had, UsageError for one with TLS."""
-        if self.tls:
-            raise UsageError(f"{self.uri}: TLS is there for servers alone", hint="reach it through a tunnel")
+        """A connected socket, on which TLS is still to be begun. OSError (TimeoutError) if there is none."""
         if self.path is None:
             sock = socket.create_connection((self.host, self.port), timeout_s)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

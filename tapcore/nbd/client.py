@@ -53,6 +53,8 @@ class NbdClient:
     ) -> None:
         self.address = parse_address(uri) if isinstance(uri, str) else uri
         self.timeout_s = timeout_s
+        if self.address.tls:
+            raise UsageError(f"{self.address.uri}: this client has no TLS", hint="nbd:tls-creds=DIR,nbds://… has")
         self.sock = self.address.connect(timeout_s)
         """For tests that must say something wrong."""
         self._poll = select.poll()

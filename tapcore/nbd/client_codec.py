@@ -60,8 +60,13 @@ class ClientNegotiation:
     transmission phase begins.
     """
 
-    def __init__(self, export: str, *, structured_replies: bool = True, contexts: Sequence[str] = ()) -> None:
+    def __init__(self, export: str, *, structured_replies: bool = True, contexts: Sequence[str] = (),
+                 uses_tls: bool = False) -> None:
+        """With `uses_tls` nothing is told to a server that does not begin TLS first."""
         self.result: ServerOffer | None = None
+        self.wants_tls = False
+        """TLS's handshake is due now; then `tls_begun`."""
+        self._uses_tls = uses_tls
         self._export = export
         self._queries = contexts
         self._options = [wire.NBD_OPT_GO]
@@ -69,6 +74,8 @@ class ClientNegotiation:
             self._options.append(wire.NBD_OPT_SET_META_CONTEXT)
         if structured_replies:
             self._options.append(wire.NBD_OPT_STRUCTURED_REPLY)
+        if uses_tls:
+            self._options.append(wire.NBD_OPT_STARTTLS)
         self._option = 0
         self._reply_type = 0
         self._replies_seen = 0
@@ -89,6 +96,14 @@ class ClientNegotiation:
             piece = bytes(self._buffer[: self._needed_bytes])
             del self._buffer[: self._needed_bytes]
             self._step(piece)
+            if self.wants_tls and self._buffer:
+                # It may be anybody's who sits in between: it must not count as said inside TLS.
+                raise ProtocolError("the server sent bytes after NBD_OPT_STARTTLS that do not belong to TLS")
+
+    def tls_begun(self) -> None:
+        """TLS's handshake has ended well."""
+        self.wants_tls = False
+        self._next_option()
 
     def output(self) -> bytes:
         """What is to be sent now; it is forgotten here. After an NbdError: a polite NBD_OPT_ABORT."""
@@ -117,6 +132,8 @@ class ClientNegotiation:
                                                | (wire.NBD_FLAG_C_NO_ZEROES if self._no_zeroes else 0))
         if fixed:
             self._next_option()
+        elif self._uses_tls:
+            raise ProtocolError("the server is too old for TLS")
         else:
             self._ask_export_name()
 
@@ -184,6 +201,9 @@ class ClientNegotiation:
         if self._option == wire.NBD_OPT_GO:
             self._begin()
             return
+        if self._option == wire.NBD_OPT_STARTTLS:
+            self.wants_tls = True
+            return
         if self._option == wire.NBD_OPT_STRUCTURED_REPLY:
             self._structured_replies = True
         self._next_option()
@@ -196,10 +216,12 @@ class ClientNegotiation:
         elif self._option == wire.NBD_OPT_SET_META_CONTEXT:
             self._contexts.clear()
             self._next_option()
-        elif reply_type == wire.NBD_REP_ERR_UNSUP:
+        elif reply_type == wire.NBD_REP_ERR_UNSUP and self._option != wire.NBD_OPT_STARTTLS:
             self._ask_export_name()
         else:
             code, meaning = REFUSALS.get(reply_type, (errno.EPROTO, f"refused with error {reply_type:#x}"))
+            if self._option == wire.NBD_OPT_STARTTLS:
+                meaning = "the server has no TLS"
             self._send(wire.NBD_OPT_ABORT, b"")
             text = f" ({data.decode(errors='replace')})" if data else ""
             raise NbdError(f"export {self._export!r}: {meaning}{text}", errno=code)

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import socket
+import ssl
 import time
 from collections.abc import Callable, Sequence
 from itertools import islice
@@ -17,6 +18,7 @@ from tapcore.nbd import wire
 from tapcore.nbd.address import NbdAddress
 from tapcore.nbd.client_codec import ClientNegotiation, NbdError, ServerOffer
 from tapcore.nbd.reply_decoder import ReplyDecoder, Transaction
+from tapcore.nbd.tls import TlsSocket
 
 HANDSHAKE_RECV_BYTES: Final = 64 << 10
 SOCKET_BUFFER_BYTES: Final = 4 << 20
@@ -39,7 +41,9 @@ class Dial:
     """One attempt to connect and to agree on the export. `run` blocks, for `timeout_s` at most; `cancel` may come
     from another thread."""
 
-    def __init__(self, address: NbdAddress, timeout_s: float) -> None:
+    def __init__(self, address: NbdAddress, timeout_s: float, tls: ssl.SSLContext | None = None) -> None:
+        """With `tls`, nothing is said to a server that does not prove itself with it."""
+        self._tls = tls
         self.sock: socket.socket | None = None
         self.offer: ServerOffer | None = None
         """Set, with `sock`, when `run` succeeded."""
@@ -69,7 +73,8 @@ class Dial:
     def _agree(self) -> ServerOffer:
         deadline_s = time.monotonic() + self._timeout_s
         self.sock = sock = self._address.connect(self._timeout_s)
-        negotiation = ClientNegotiation(self._address.export, contexts=(wire.BASE_ALLOCATION,))
+        negotiation = ClientNegotiation(self._address.export, contexts=(wire.BASE_ALLOCATION,),
+                                        uses_tls=self._tls is not None)
         while negotiation.result is None:
             left_s = deadline_s - time.monotonic()
             if left_s <= 0 or self._cancelled:
@@ -88,6 +93,10 @@ class Dial:
                     sock.sendall(negotiation.output())
                 raise ImageError(f"{self._address}: {error.message}", errno=error.errno,
                                  hint=f"nbdinfo --list '{self._address.uri}' shows what there is") from error
+            if negotiation.wants_tls:
+                assert self._tls is not None
+                self.sock = sock = self._tls.wrap_socket(sock, server_hostname=self._address.host)
+                negotiation.tls_begun()
             sock.sendall(negotiation.output())
         if negotiation.leftover():
             raise ImageError(f"{self._address}: the server replied before it was asked", errno=errno.EPROTO)
@@ -97,6 +106,10 @@ class Dial:
         if isinstance(error, TimeoutError):
             return ImageError(f"{self._address}: no answer for {self._timeout_s:g} s", errno=errno.ETIMEDOUT,
                               hint="is the server stopped, or busy with another client?")
+        if isinstance(error, ssl.SSLError):
+            return ImageError(f"{self._address}: TLS fails: {error.strerror or error}", errno=errno.EACCES,
+                              hint="each end's certificate must be signed by the other's ca-cert.pem, and the "
+                                   "server's be for the host that is named here")
         return ImageError(f"cannot connect to {self._address}: {error.strerror or error}",
                           errno=error.errno or errno.ENOTCONN, hint="is the NBD server running there?")
 
@@ -132,7 +145,7 @@ class Link:
         self.timed_out = False
         """It was given up because of the server's silence."""
         self._loop = loop
-        self._socket = sock
+        self._socket = TlsSocket(sock) if isinstance(sock, ssl.SSLSocket) else sock
         self._fd = sock.fileno()
         self._timeout_s = timeout_s
         self._on_finished = finished
@@ -247,6 +260,13 @@ class Link:
                     self.give_up(why)
             if self.closed or count_bytes < min(len(room), MORE_BYTES):
                 return
+        if isinstance(self._socket, TlsSocket) and self._socket.has_pending:
+            # It has left the descriptor, which will not tell of it again.
+            self._loop.call_soon(self._on_pending)
+
+    def _on_pending(self) -> None:
+        if not self.closed:
+            self._on_readable()
 
     def _watch(self) -> None:
         """Count the ticks without a sign of life while a reply is due."""

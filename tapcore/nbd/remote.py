@@ -27,6 +27,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import ssl
 from functools import partial
 from typing import Final
 
@@ -78,9 +79,11 @@ class Remote:
     """
 
     def __init__(
-        self, env: Env, address: NbdAddress, *, connections: int, timeout_s: float, writing: bool, fua: bool
+        self, env: Env, address: NbdAddress, *, connections: int, timeout_s: float, writing: bool, fua: bool,
+        tls: ssl.SSLContext | None = None
     ) -> None:
         self.address = address
+        self._tls = tls
         self.offer: ServerOffer
         self._env = env
         self._wanted = connections
@@ -105,7 +108,7 @@ class Remote:
     def open(self) -> None:
         """Connect once, waiting for it; further connections follow in the background. ImageError says what is
         wrong."""
-        dial = Dial(self.address, min(DIAL_TIMEOUT_S, self._timeout_s or DIAL_TIMEOUT_S))
+        dial = Dial(self.address, min(DIAL_TIMEOUT_S, self._timeout_s or DIAL_TIMEOUT_S), self._tls)
         dial.run()
         if dial.error is not None:
             raise dial.error
@@ -293,7 +296,7 @@ class Remote:
     def _start_dial(self) -> None:
         self._dial_timer = None
         if self._dial is None:
-            self._dial = dial = Dial(self.address, DIAL_TIMEOUT_S)
+            self._dial = dial = Dial(self.address, DIAL_TIMEOUT_S, self._tls)
             self._env.workers.submit(dial.run, partial(self._dialled, dial))
 
     def _dialled(self, dial: Dial) -> None:

@@ -322,7 +322,7 @@ class Connection:
 
     def _begin_tls(self) -> None:
         assert self._server.tls is not None and isinstance(self._socket, socket.socket)
-        self._socket = self._secure = TlsSocket(self._socket, self._server.tls)
+        self._socket = self._secure = TlsSocket.accepted(self._socket, self._server.tls)
         self._is_shaking_hands = True
         self._shake_hands()
 
