@@ -22,14 +22,15 @@ class Window:
 
     def __init__(self, downtime_s: float) -> None:
         self._queue_s = min(max(downtime_s * BUDGET_PART, MIN_QUEUE_S), MAX_QUEUE_S)
-        self._shortest_s = math.inf
+        self.shortest_s = math.inf
+        """The least that an answer took: a round trip, or little more."""
 
     def answered(self, latency_s: float) -> None:
         """An extent was applied `latency_s` after it was sent."""
-        self._shortest_s = min(self._shortest_s, latency_s)
+        self.shortest_s = min(self.shortest_s, latency_s)
 
     def size_bytes(self, rate: float | None) -> int:
         """At a measured rate in bytes a second; None before there is one."""
-        if rate is None or self._shortest_s == math.inf:
+        if rate is None or self.shortest_s == math.inf:
             return FIRST_WINDOW_BYTES
-        return max(MIN_WINDOW_BYTES, int(rate * max(self._queue_s, 2 * self._shortest_s)))
+        return max(MIN_WINDOW_BYTES, int(rate * max(self._queue_s, 2 * self.shortest_s)))

@@ -31,6 +31,8 @@ PORTION_S: Final = 0.05
 MAX_BLIND_BYTES: Final = 1 << 20
 """What may be left for a pause when the replica has not shown yet how fast it is."""
 MIN_PORTION_BYTES, MAX_PORTION_BYTES = 1 << 20, 32 << 20
+SWITCH_ROUND_TRIPS: Final = 2
+"""Of a pause: barrier and promotion."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +65,7 @@ class Planner:
 
     def __init__(self, limits: Limits, backlog: Backlog, start_s: float) -> None:
         self.limits = limits
-        self.round_trip_s = 0.0
-        """Of a whole switch-over."""
+        self._greeting_s = 0.0
         self.failed_pauses = 0
         self.escalation = Escalation(limits)
         self.window = Window(limits.downtime_s)
@@ -111,6 +112,10 @@ class Planner:
         rate = self.outlook.send_rate or 0.0
         return min(max(int(rate * PORTION_S), MIN_PORTION_BYTES), MAX_PORTION_BYTES)
 
+    def greeted(self, greeting_s: float) -> None:
+        """A replica answered the greeting so long after the connection was begun: at most that is a round trip."""
+        self._greeting_s = greeting_s
+
     def look(self, seen: Seen) -> Outlook:
         """The outlook at a moment, which is kept in `outlook`."""
         now_s = seen.now_s
@@ -137,7 +142,7 @@ class Planner:
             send_rate=self._sent.rate or None,
             dirty_rate=max(self._dirtied.rate or 0.0, 0.0),
             write_rate=max(self._written.rate or 0.0, 0.0),
-            round_trip_s=self.round_trip_s,
+            round_trip_s=SWITCH_ROUND_TRIPS * min(self._greeting_s, self.window.shortest_s),
             flush_s=barriers * flush_estimate_s(seen.flush_s, seen.flush_bytes, pending_bytes),
             failed_pauses=self.failed_pauses,
             stalled_s=now_s - self._moved_s,

@@ -167,7 +167,7 @@ class Simulation:
         self.backlog.add_all()
         self.backlog.sort()
         self.planner = Planner(limits, self.backlog, 0.0)
-        self.planner.round_trip_s = 2 * scene.round_trip_s
+        self.planner.greeted(scene.round_trip_s)
         self._todo: deque[_Piece] = deque()
         self._sent: deque[_Piece] = deque()
         self._portions: deque[_Portion] = deque()
@@ -360,5 +360,5 @@ class Simulation:
             if not self.map.dirty.bits.any():
                 break
         outcome.switched = True
-        outcome.pause_s = self.now_s - start_s + self.planner.round_trip_s
+        outcome.pause_s = self.now_s - start_s + self.planner.outlook.round_trip_s
         outcome.equal = self._disk == self._replica

@@ -55,8 +55,6 @@ from writelog.wire import (
 )
 
 POLL_S: Final = 0.05
-SWITCH_ROUND_TRIPS: Final = 2
-"""Of a pause: barrier and promotion."""
 STALL_TOLD_S: Final = 2.0
 """A replica that applies nothing for so long has stalled."""
 ROOM_POLL_S: Final = 0.002
@@ -196,7 +194,7 @@ class Sync:
                          self._overwrite))
         welcome = self._wait_for(Welcome, ANSWER_S)
         self._is_welcome = True
-        self._planner.round_trip_s = SWITCH_ROUND_TRIPS * (time.monotonic() - link.opened_s)
+        self._planner.greeted(time.monotonic() - link.opened_s)
         self._report.connections += 1
         self._failed_tries = 0
         if not welcome.resumed:
