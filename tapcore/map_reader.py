@@ -10,12 +10,14 @@ from tapcore.control_server import Call
 from tapcore.errors import ControlError
 from tapcore.loop import Loop
 from tapcore.request import Extent
-from tapcore.vbd import Vbd
+from tapcore.vbd import REPLACING, Vbd
 
 MAP_STEP_BYTES: Final = 1 << 30
 """Asked of the chain at once."""
 MAP_MAX_EXTENTS: Final = 4096
 """In one reply."""
+TRY_AGAIN_S: Final = 0.01
+"""Between looks whether the disk has its chain again."""
 
 
 class MapReader:
@@ -36,6 +38,9 @@ class MapReader:
             self._vbd.status_map(self._at, min(MAP_STEP_BYTES, self._stop - self._at), self._add)
 
     def _add(self, code: int, extents: list[Extent]) -> None:
+        if code == errno.ESHUTDOWN and self._vbd.state == REPLACING:
+            self._loop.call_later(TRY_AGAIN_S, self.step)
+            return
         if code or not extents:
             self._call.fail(ControlError(f"no block status at {self._at}: {os.strerror(code or errno.EIO)}",
                                          errno=code or errno.EIO))
