@@ -236,6 +236,12 @@ def test_no_test_sleeps() -> None:
             assert "time.sleep(" not in path.read_text(), f"{path}: wait for an event"
 
 
+def test_no_test_leaves_the_folder_for_those_after_it() -> None:
+    for path in (ROOT / "tests").rglob("*.py"):
+        if path != Path(__file__):
+            assert "os.chdir(" not in path.read_text(), f"{path}: use monkeypatch.chdir"
+
+
 def test_the_text_names_no_place_of_this_machine() -> None:
     names = subprocess.run(["git", "-C", str(ROOT), "ls-files"], capture_output=True, text=True, check=True).stdout
     for name in names.splitlines():

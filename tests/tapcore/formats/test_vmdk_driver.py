@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import random
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -266,7 +265,9 @@ def test_an_extent_that_was_not_closed_gets_its_copies_in_step(env: Env, tmp_pat
 
 
 @pytest.mark.parametrize("name", ["/etc/shadow", "../a/secret", "sub/../../secret", "link", "linked/secret", ".."])
-def test_an_extent_outside_the_folder_is_refused(env: Env, tmp_path: Path, name: str) -> None:
+def test_an_extent_outside_the_folder_is_refused(
+    env: Env, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     folder = tmp_path / "a"
     folder.mkdir()
     (tmp_path / "secret").write_bytes(b"s" * 4096)
@@ -278,7 +279,7 @@ def test_an_extent_outside_the_folder_is_refused(env: Env, tmp_path: Path, name:
     for flags in (OpenFlag.RDONLY, OpenFlag.NONE):
         with pytest.raises(ChainError, match="outside the image's folder"):
             Runner(env, f"vmdk:{path}", flags)
-    os.chdir(tmp_path)
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(ChainError, match="outside the image's folder"):
         Runner(env, "vmdk:./a/a.vmdk", OpenFlag.RDONLY)
 
