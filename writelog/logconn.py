@@ -250,10 +250,10 @@ class Connection:
     def _check_holder(self, message: Message) -> None:
         """LogError if another connection holds the log: what this one took or cleared, the other would miss. A
         message of version 1 makes its connection the holder."""
-        context = self._context
-        if context.holder not in (None, self):
+        context, is_original = self._context, message.version == Version.ORIGINAL
+        if context.holder not in (None, self) or (context.clearing and not is_original):
             raise LogError("another client holds the log", errno=errno.EBUSY)
-        if message.version != Version.ORIGINAL:
+        if not is_original:
             context.holder = self
 
     def _speak_for_base(self) -> Steps:
@@ -266,21 +266,29 @@ class Connection:
     def _answer_original(self, message: Message, region: Region) -> Steps:
         """The original's messages. `getw` is a lease that lasts until its reply: if tapdisk or the client dies
         before, nothing is lost."""
-        blocks = self._map.blocks
         if message.command == PEEK:
-            yield from export_ranges(region, self._map.peek, 0, blocks)
-        elif message.command == GET:
-            lease = self._map.open_lease()
-            try:
-                yield from export_ranges(region, partial(self._map.take, lease), 0, blocks)
+            yield from export_ranges(region, self._map.peek, 0, self._map.blocks)
+            return
+        self._context.clearing += 1
+        try:
+            if message.command == GET:
+                yield from self._get_original(region)
+            else:
+                assert message.command == CLEAR
                 yield from self._speak_for_base()
-                self._map.commit(lease, 0, blocks)
-            finally:
-                self._map.close_lease(lease)
-        else:
-            assert message.command == CLEAR
+                self._map.clear()
+        finally:
+            self._context.clearing -= 1
+
+    def _get_original(self, region: Region) -> Steps:
+        blocks = self._map.blocks
+        lease = self._map.open_lease()
+        try:
+            yield from export_ranges(region, partial(self._map.take, lease), 0, blocks)
             yield from self._speak_for_base()
-            self._map.clear()
+            self._map.commit(lease, 0, blocks)
+        finally:
+            self._map.close_lease(lease)
 
     def _answer_version_1(self, message: Message, region: Region) -> Steps:
         if message.command == PEEK and message.op == PeekOp.FIGURES:

@@ -37,6 +37,8 @@ class LogContext:
     name: str
     holder: Connection | None = None
     """The one that has taken or filled by a version 1 message: until it ends, others only look."""
+    clearing: int = 0
+    """Messages of the original that clear bits and are under way: nobody becomes the holder meanwhile."""
     watcher: Connection | None = None
     """The one for which written chunks are noted down."""
     connections: set[Connection] = field(default_factory=set)

@@ -23,9 +23,11 @@ from tapcore.driver import Env, OpenFlag
 from tapcore.drivers.log import Log
 from tapcore.errors import LogError
 from tapcore.request import BACKGROUND, READ
-from writelog.control import KICK_MESSAGE, ClearOp, Figures, PeekOp
+from writelog.control import KICK_MESSAGE, ClearOp, Figures, Message, PeekOp
 from writelog.dirtymap import WINDOW_BLOCKS
+from writelog.generations import Generations
 from writelog.logconn import MAX_LEASES, TURN_S
+from writelog.logcontext import LogContext, Steps
 from writelog.logstore import forget
 from writelog.ring import FrontRing
 from writelog.server import MAX_CLIENTS
@@ -347,6 +349,44 @@ def test_the_original_messages_hold_nothing(rig: Rig, raw: RawClient) -> None:
     other.attach()
     assert other.ask(b"getw", version=1) == b"done"
     other.close()
+
+
+@pytest.mark.parametrize("command", [b"getw", b"clrw"])
+def test_nobody_becomes_the_holder_while_the_original_clears(
+    env: Env, monkeypatch: pytest.MonkeyPatch, command: bytes
+) -> None:
+    """A sync that adopted meanwhile would not hear of what was cleared, and hand over without it."""
+    rename = LogContext.rename
+
+    def rename_late(context: LogContext, ids: Generations, *, all_dirty: bool = False) -> Steps:
+        for _ in range(0 if all_dirty else 3):
+            yield None  # as long as a side-car takes
+        yield from rename(context, ids, all_dirty=all_dirty)
+
+    monkeypatch.setattr(LogContext, "rename", rename_late)
+    monkeypatch.setattr("writelog.logconn.TURN_S", -1.0)
+    with rig_of(env) as rig:
+        with rig.client() as sync:
+            base = sync.fill()
+            sync.commit(sync.get().lease)
+        wait_for_clients(rig, 0)
+        rig.write(0, b"x" * BLOCK)
+        first, second = rig.raw(), rig.raw()
+        for client in (first, second):
+            client.attach()
+        adopt = Message(b"clrw", version=1, op=ClearOp.ADOPT, sector=base).encode()
+
+        def send_both() -> None:
+            first.send(Message(command).encode())
+            second.send(adopt)
+
+        rig.call(send_both)
+        assert (first.receive(4), second.receive(4)) == (b"done", b"fail")
+        assert result(second)["error"] == errno.EBUSY
+        assert second.ask(b"clrw", version=1, op=ClearOp.ADOPT, sector=base) == b"fail"
+        assert result(second)["error"] == errno.ESTALE
+        for client in (first, second):
+            client.close()
 
 
 def test_a_lease_is_settled_in_parts(rig: Rig, raw: RawClient) -> None:
