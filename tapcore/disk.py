@@ -35,6 +35,8 @@ class Disk:
         self.throttler: Connection | None = None
         """Who slows its writes down."""
         self.handing_over = False
+        self.forcing = 0
+        """Unpauses by force that are under way: it is not handed over meanwhile."""
         self.closing = False
         self.job: Job | None = None
         """The last one."""

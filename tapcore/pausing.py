@@ -129,10 +129,16 @@ class Pausing:
                 error = _fenced(disk) if vbd.fenced else None
             if error is not None or not force:
                 go_on(error)
-            elif vbd.fenced:
-                self._tell_logs(disk, Log.part, lambda: self._unfence(image, go_on))
+                return
+            disk.forcing += 1
+            if vbd.fenced:
+                self._tell_logs(disk, Log.part, lambda: self._unfence(image, unfenced))
             else:
-                self._unfence(image, go_on)
+                self._unfence(image, unfenced)
+
+        def unfenced(error: WritelogError | None) -> None:
+            disk.forcing -= 1
+            go_on(error)
 
         if "chain" in call.params and disk.is_busy:
             raise ControlError(f"a job works on the images of disk {disk.name!r}", errno=errno.EBUSY,
@@ -204,6 +210,8 @@ class Pausing:
         _check_not_overdue(disk, call.connection)
         if disk.handing_over:
             raise _being_handed_over(disk)
+        if disk.forcing:
+            raise ControlError(f"disk {disk.name!r} is being forced to go on here", errno=errno.EBUSY)
         if disk.holder is not call.connection or vbd.state != PAUSED:
             raise ControlError(f"disk {disk.name!r} is not held by this connection", errno=errno.EPERM,
                                hint="pause it with hold first")

@@ -6,6 +6,7 @@ import errno
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -109,6 +110,42 @@ def test_a_hand_over_that_cannot_be_recorded_does_not_happen(
         assert control.call("info", disk="disk")["fenced"] is None
         assert control.call("unpause", disk="disk") == {"state": "running"}
         control.call("shutdown")
+    thread.stop()
+
+
+def test_no_hand_over_while_the_disk_is_forced_to_go_on(
+    env: Env, image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would be answered, and then the disk would run, here and there."""
+    engine = Engine(env)
+    path = engine.listen()
+    engine.open(f"aio:{image}", "disk")
+    thread = LoopThread(env)
+    asked, may_end = threading.Event(), threading.Event()
+    clear = fence.clear
+
+    def clear_late(image: str) -> None:
+        asked.set()
+        assert may_end.wait(TIMEOUT_S)
+        clear(image)
+
+    monkeypatch.setattr(fence, "clear", clear_late)
+    with ControlClient(path, TIMEOUT_S) as holder, ControlClient(path, TIMEOUT_S) as operator:
+        holder.call("pause", disk="disk", hold=True)
+        forced = threading.Thread(target=lambda: operator.call("unpause", disk="disk", force=True))
+        forced.start()
+        assert asked.wait(TIMEOUT_S)
+        try:
+            with pytest.raises(ControlError, match="forced to go on here"):
+                holder.call("handover", disk="disk", to="tcp://b")
+        finally:
+            may_end.set()
+            forced.join(TIMEOUT_S)
+        info = holder.call("info", disk="disk")
+        assert (info["state"], info["fenced"], fence.read(str(image))) == ("running", None, None)
+        holder.call("pause", disk="disk", hold=True)
+        assert holder.call("handover", disk="disk", to="tcp://b") == {"fenced": "handed over to tcp://b"}
+        holder.call("shutdown")
     thread.stop()
 
 
