@@ -43,7 +43,7 @@ class Copier:
         self.pipeline = Pipeline(source.log, self._durable, self.planner.window.answered)
         self.pipeline.packer = Packer(compress)
         self.pipeline.set_rate(limits.rate)
-        self._source = source
+        self.source = source
         self._committed_bytes = 0
         self._asked_s = self._looked_s = -math.inf
         self._zero_growth = 1
@@ -56,7 +56,7 @@ class Copier:
 
     def begin(self, is_all: bool) -> None:
         """The replica lacks what the log has: `is_all` of the disk, or some of it."""
-        log = self._source.log
+        log = self.source.log
         blocks = -(-log.size_bytes // log.granularity_bytes)
         self._ask()  # from here on the log tells of new writes
         if is_all:
@@ -82,13 +82,13 @@ class Copier:
         self.pipeline.add(portion)
 
     def _durable(self, portion: Portion) -> None:
-        self._source.commit(portion)
+        self.source.commit(portion)
         self.backlog.confirmed(portion.chunks)
         self._committed_bytes += sum(length for _, _, length in portion.items)
 
     def give_back(self) -> None:
         """The connection is gone: what is not confirmed is dirty again. Nothing may be on its way any more."""
-        self._source.reclaim()
+        self.source.reclaim()
         self.backlog.give_back()
 
     def take_more(self) -> None:
@@ -102,7 +102,7 @@ class Copier:
                 if time.monotonic() - self._asked_s >= (CALM_NEWS_S if self.is_calm else NEWS_S):
                     self._ask()
                 return
-            portion = self._source.take_listed(ranges)
+            portion = self.source.take_listed(ranges)
             if portion is not None:
                 self.add(portion)
             is_data = portion is not None and not all(is_zero for is_zero, _, _ in portion.items)
@@ -111,7 +111,7 @@ class Copier:
     def _ask(self) -> None:
         """Hear from the log what was written."""
         self._asked_s = time.monotonic()
-        self.backlog.touch(self._asked_s, self._source.touched())
+        self.backlog.touch(self._asked_s, self.source.touched())
 
     @property
     def look_is_due(self) -> bool:
@@ -122,7 +122,7 @@ class Copier:
         """Where the sync is now."""
         if time.monotonic() - self._asked_s >= SAMPLE_S:
             self._ask()
-        dirty_bytes, leased_bytes = self._source.dirty_bytes()
+        dirty_bytes, leased_bytes = self.source.dirty_bytes()
         pipeline = self.pipeline
         now_s = self._looked_s = time.monotonic()
         pipeline.packer.look(now_s, pipeline.wire_bytes)
@@ -130,20 +130,20 @@ class Copier:
             now_s=now_s, dirty_bytes=dirty_bytes, leased_bytes=leased_bytes, todo_bytes=pipeline.todo_bytes,
             unacked_bytes=pipeline.unacked_bytes, applied_bytes=pipeline.applied_bytes,
             applied_seq=pipeline.applied_seq, committed_bytes=self._committed_bytes,
-            written_bytes=self._source.written_bytes(), first_pass_done=self.first_pass_done,
+            written_bytes=self.source.written_bytes(), first_pass_done=self.first_pass_done,
             flush_s=self.ack.flush_ns / 1e9, flush_bytes=self.ack.flush_bytes))
 
     def escalate(self) -> None:
         """Do what the planner has decided on."""
         self.pipeline.set_rate(self.planner.escalation.rate)
         if self.planner.escalation.throttle is not None:
-            self._source.slow_down(self.planner.escalation.throttle)
+            self.source.slow_down(self.planner.escalation.throttle)
 
     def relax(self) -> None:
         """Let the guest write as it likes: it would be slowed down in vain."""
         if self.planner.escalation.throttle is not None:
             self.planner.escalation.throttle = None
-            self._source.slow_down(None)
+            self.source.slow_down(None)
 
     def usual_state(self, wishes: Wishes, gate: Gate) -> str:
         """What to call the state of a sync that copies; a closed gate holds it, too."""

@@ -70,7 +70,7 @@ def test_a_replica_that_never_takes_over_is_given_up(
     rig: Rig, script: Script, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """It acknowledges all the time, so it is not silent."""
-    monkeypatch.setattr("writelog.sync_run.ANSWER_S", 0.3)
+    monkeypatch.setattr("writelog.sync_talk.ANSWER_S", 0.3)
     script.on[Promote] = lambda _: None
     assert rig.sync("vm1", script.endpoint) == 1
     assert "handed over, but" in capsys.readouterr().err
@@ -79,7 +79,7 @@ def test_a_replica_that_never_takes_over_is_given_up(
 def test_a_copy_is_confirmed_whatever_follows(
     rig: Rig, script: Script, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("writelog.sync_run.ANSWER_S", 0.3)
+    monkeypatch.setattr("writelog.sync_talk.ANSWER_S", 0.3)
     script.on[Release] = lambda _: None
     assert rig.sync("--keep-running", "vm1", script.endpoint) == 0
     assert rig.guest_goes_on()

@@ -1,0 +1,139 @@
+"""The switch-over of a sync: pause the guest, send the rest, have it confirmed, hand the disk over, promote.
+
+The disk is handed over only while the guest is paused, with the log empty, and after the replica has confirmed by
+its digest that it has applied and flushed all that was sent. Any failure before lets the guest go on. So does one
+after it, until the replica may be told: disks that switch together all hand over before that.
+
+    pause ─▶ send, barrier, until nothing is dirty ─▶ hand over ─▶ promote
+    quiesce  send, flush                              the fence    once the gate lets it
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+from tapcore.errors import ReplicationError, WritelogError
+from writelog.sync_control import Wishes
+from writelog.sync_copy import MAX_OPEN_PORTIONS
+from writelog.sync_gate import Gate, Step
+from writelog.sync_hooks import Hooks
+from writelog.sync_link import LinkLost
+from writelog.sync_report import SWITCHING, Report, Reporter
+from writelog.sync_stop import Stopwatch
+from writelog.sync_talk import SETTLE_S, Talk
+from writelog.wire import Ack, Barrier, Content, Digest, Promote, Promoted, Release, Released, Verify
+
+
+class SwitchOver:
+    """Of one sync, tried as often as it takes. `watch` times the pause, while there is one that must not take too
+    long; what was done is noted in `report`."""
+
+    def __init__(self, talk: Talk, gate: Gate, wishes: Wishes, hooks: Hooks, reporter: Reporter, report: Report, *,
+                 verify: bool, keep_running: bool) -> None:
+        self.watch: Stopwatch | None = None
+        self._talk = talk
+        self._gate = gate
+        self._wishes = wishes
+        self._hooks = hooks
+        self._reporter = reporter
+        self._report = report
+        self._verify = verify
+        self._keep_running = keep_running
+        self._confirmed = b""
+        """The digest of the last barrier."""
+
+    def run(self) -> None:
+        """From the pause to the end. Whatever is raised, it is to be broken off."""
+        source, report = self._talk.copier.source, self._report
+        self._hooks.before(source.name, self._talk.peer.endpoint)
+        self._reporter.state(SWITCHING)
+        watch = self.watch = Stopwatch()
+        report.pause_parts_s = watch.parts_s
+        source.pause(self._wishes.limits.max_pause_s)
+        watch.lap("quiesce")
+        self._drain(watch)
+        self.watch = None
+        if self._verify:
+            self._compare_disks()
+            watch.lap("verify")
+        if self._keep_running:
+            source.resume()
+            watch.lap("resume")
+            with contextlib.suppress(LinkLost, WritelogError):  # the copy is confirmed, whatever comes now
+                self._talk.send(Release())
+                self._talk.answer(Released)
+        else:
+            self._gate.reach(Step.CONFIRMED)
+            self._talk.pump_until(lambda: self._gate.may(Step.HANDED_OVER))
+            source.hand_over(self._talk.peer.endpoint)
+            watch.lap("hand over")
+            self._promote()
+            watch.lap("promote")
+
+    def resume(self) -> None:
+        """As `run`, on a new connection after one that broke between the hand-over and the promotion. The log was
+        empty and the guest stands still: a replica that holds the base has it all."""
+        self._barrier()
+        self._promote()
+
+    def break_off(self) -> None:
+        """The guest goes on here, unless the disk was handed over."""
+        self.watch = None
+        source = self._talk.copier.source
+        if not source.handed_over:
+            self._gate.reach(Step.COPYING)
+            source.resume()
+
+    def _drain(self, watch: Stopwatch) -> None:
+        """Of the paused disk: send and have confirmed what is dirty, until nothing is. What is leased when the
+        pause begins can be dirty too: it is free to be taken after the first barrier."""
+        talk, copier = self._talk, self._talk.copier
+        source, pipeline = copier.source, copier.pipeline
+        while True:
+            cursor = -1
+            while cursor:
+                portion, cursor = source.take(max(cursor, 0), source.size_bytes)
+                if portion is not None:
+                    talk.pump_until(lambda: pipeline.open_portions < MAX_OPEN_PORTIONS)
+                    copier.add(portion)
+            talk.pump_until(lambda: pipeline.is_all_sent)
+            watch.lap("send")
+            self._barrier()
+            watch.lap("flush")
+            if not any(source.dirty_bytes()):
+                return
+
+    def _barrier(self) -> None:
+        """Have the replica flush and confirm all that was sent. ReplicationError if the digests differ."""
+        talk, copier = self._talk, self._talk.copier
+        expected = copier.pipeline.digest.digest()
+        seq = copier.pipeline.next_seq()
+        talk.send(Barrier(seq))
+        reply = talk.wait_for(Digest)
+        while reply.seq != seq:  # the answer to a barrier of a pause that was broken off
+            reply = talk.wait_for(Digest)
+        if reply.digest != expected:
+            raise ReplicationError(f"the replica did not apply what was sent: its digest is {reply.digest.hex()}, "
+                                   f"the sync's {expected.hex()}", hint="run the sync again")
+        copier.pipeline.on_ack(Ack(seq, seq, copier.ack.flush_ns, copier.ack.flush_bytes))
+        self._confirmed = expected
+        self._report.digest = expected.hex()
+
+    def _compare_disks(self) -> None:
+        """Read the whole disk at both ends; ReplicationError if they differ."""
+        talk, copier = self._talk, self._talk.copier
+        talk.send(Verify())
+        copier.pipeline.settle(SETTLE_S)
+        own = copier.source.content_digest(talk.hear, talk.guard)
+        if talk.wait_for(Content).digest != own:
+            raise ReplicationError("the replica's disk differs from the primary's",
+                                   hint="does another process write to one of the images? then run the sync again")
+        self._report.verified = True
+
+    def _promote(self) -> None:
+        self._gate.reach(Step.HANDED_OVER)
+        self._talk.pump_until(lambda: self._gate.may(Step.PROMOTED))
+        self._talk.send(Promote(self._confirmed))
+        self._report.export = self._talk.answer(Promoted).export
+        self._gate.reach(Step.PROMOTED)
+        self._hooks.after(self._talk.copier.source.name, self._talk.peer.endpoint)
