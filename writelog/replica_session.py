@@ -203,7 +203,8 @@ class Session:
 
     def _next_seq(self, seq: int) -> None:
         if seq != self._last_seq + 1:
-            raise ProtocolError(f"seq {seq} came after {self._last_seq}")
+            raise ProtocolError(f"a message was lost or doubled on the way: seq {seq} came after {self._last_seq}",
+                                errno=errno.EBADMSG)
         self._last_seq = seq
         self._confirmed = False
         self._owner.session_confirmed(None)

@@ -15,14 +15,16 @@
                                     ◀──────  PROMOTED or RELEASED
 
 A message is one header frame, a msgpack array [kind, field …] with the fields of the class of that kind in their
-order, and for DATA and PACKED a second frame, the payload. Whatever the version, HELLO begins [1, version] and
-REFUSED keeps its form, so that two versions can always tell each other that they do not match. Instead of any
-answer the replica can send ERROR; then the session is over. A connection that drops is followed by a new one that
-begins with HELLO and seq 1. Offsets and lengths are bytes.
+order, sealed by its xxh3_64 in the 8 bytes behind it; and for DATA and PACKED a second frame, the payload. In any
+version, HELLO begins [1, version] and REFUSED keeps its form, so that two versions can always tell each other
+that they do not match. Instead of any answer the replica can send ERROR; then the session is over. Errors with
+EBADMSG say that something was damaged, lost or doubled on the way: a new connection mends that. A connection that
+drops is followed by a new one that begins with HELLO and seq 1. Offsets and lengths are bytes.
 """
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from enum import IntEnum
@@ -35,9 +37,10 @@ import zstandard
 from tapcore.errors import ProtocolError
 from tapcore.layout import Buffer, Layout
 
-VERSION: Final = 2
+VERSION: Final = 3
 
 MAX_HEADER_BYTES: Final = 8192
+SEAL_BYTES: Final = 8
 MAX_TEXT_CHARS: Final = 1024
 MAX_DATA_BYTES: Final = 1 << 20
 """Payload of one DATA."""
@@ -241,12 +244,17 @@ def encode(message: Message) -> bytes:
     for name in _NAMES[kind]:
         value = getattr(message, name)
         header.append(value[:MAX_TEXT_CHARS] if name in _TEXT_FIELDS else value)
-    return bytes(msgpack.packb(header))
+    return seal(msgpack.packb(header))
+
+
+def seal(header: bytes) -> bytes:
+    """`header` with its checksum: without one, data that came over whole could be written to a wrong place."""
+    return header + xxhash.xxh3_64_digest(header)
 
 
 def decode(frames: Sequence[Buffer]) -> tuple[Message, Buffer | None]:
     """The message in `frames` (header, and for DATA the payload) and its payload, lengths checked against each
-    other; the checksum is left to `payload_is_intact`. ProtocolError says what is wrong."""
+    other; the payload's checksum is left to the caller. ProtocolError says what is wrong."""
     if not frames or len(frames[0]) > MAX_HEADER_BYTES:
         raise ProtocolError(f"a message of {len(frames)} frames has no header of at most {MAX_HEADER_BYTES} bytes")
     message = _decode_header(frames[0])
@@ -266,7 +274,11 @@ def decode(frames: Sequence[Buffer]) -> tuple[Message, Buffer | None]:
     return message, frames[1]
 
 
-def _decode_header(header: Buffer) -> Message:
+def _decode_header(frame: Buffer) -> Message:
+    header = memoryview(frame)[:-SEAL_BYTES]
+    if xxhash.xxh3_64_digest(header) != bytes(memoryview(frame)[-SEAL_BYTES:]):
+        raise ProtocolError("a message was damaged on the way, or is none: its checksum is wrong",
+                            errno=errno.EBADMSG)
     try:
         values = msgpack.unpackb(header, raw=False, max_array_len=16, max_map_len=0, max_ext_len=0)
     except (ValueError, msgpack.exceptions.UnpackException, RecursionError) as error:

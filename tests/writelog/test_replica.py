@@ -131,14 +131,15 @@ def test_verify_reads_the_whole_disk(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize(("frames", "text"), [
-    ([b"garbage"], "msgpack"),
+    ([b"garbage"], "checksum"),
+    ([wire.seal(b"garbage")], "msgpack"),
     ([wire.encode(Zero(2, 0, 512))], "seq 2 came after 0"),
     ([wire.encode(Barrier(0))], "seq 0 came after 0"),
     ([wire.encode(Zero(1, SIZE_BYTES - 512, 1024))], f"{SIZE_BYTES} (at byte {SIZE_BYTES - 512})"),
     ([wire.encode(Zero(1, wire.MAX_INT, 512))], "beyond the disk"),
     ([wire.encode(Data(1, 4096, 4, wire.checksum(b"good"))), b"evil"], "checksum is wrong (at byte 4096)"),
     ([wire.encode(Data(1, 0, 4, wire.checksum(b"good"))), b"good!"], "payload frames"),
-    ([msgpack.packb([Kind.DATA, 1, 0, wire.MAX_DATA_BYTES + 1, bytes(16)]), b"x"], "are allowed"),
+    ([wire.seal(msgpack.packb([Kind.DATA, 1, 0, wire.MAX_DATA_BYTES + 1, bytes(16)])), b"x"], "are allowed"),
     ([wire.encode(Verify())], "without a confirmed barrier"),
     ([wire.encode(Welcome(True, 5))], "does not send Welcome"),
     ([wire.encode(Hello(wire.VERSION, bytes(16), SIZE_BYTES, "again", 0, False))], "does not send Hello"),
@@ -363,7 +364,8 @@ def test_durable_is_only_what_a_flush_covered(bench: Bench) -> None:
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(st.lists(st.binary(max_size=40), min_size=1, max_size=3), min_size=1, max_size=8), st.booleans())
+@given(st.lists(st.lists(st.binary(max_size=40) | st.binary(max_size=40).map(wire.seal), min_size=1, max_size=3),
+                min_size=1, max_size=8), st.booleans())
 def test_garbage_neither_kills_nor_changes_anything(
     bench: Bench, messages: list[list[bytes]], greeted: bool
 ) -> None:

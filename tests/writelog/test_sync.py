@@ -21,6 +21,7 @@ from sync_rig import SIZE_BYTES, Rig, Script, events, fail_with, free_port
 
 from tapcore.driver import Env
 from tapcore.nbd.wire import NBD_CMD_WRITE, NBD_CMD_WRITE_ZEROES
+from writelog import wire
 from writelog.keyring import load_authorized, load_keys
 from writelog.replica import main as replica_main
 from writelog.sync_pipeline import PAGE_BYTES, Arena, split, zero_checksum
@@ -223,7 +224,7 @@ def failing(rig: Rig, capsys: pytest.CaptureFixture[str], *arguments: str, code:
     (Hello, lambda _: Refused(2, "the disk has 1 byte", "a hint"), "the disk has 1 byte; a hint"),
     (Data, fail_with(errno.ENOSPC, "the replica cannot write: No space"), "No space"),
     (Data, lambda message: Ack(message.seq + 1000, 0, 0, 0), "acknowledges seq"),
-    (Data, lambda message: b"garbage", "msgpack"),
+    (Data, lambda message: wire.seal(b"garbage"), "msgpack"),
     (Barrier, fail_with(errno.EIO, "the replica cannot flush"), "cannot flush"),
     (Barrier, lambda message: Digest(message.seq, bytes(16)), "did not apply what was sent"),
     (Verify, lambda _: Content(bytes(16)), "differs"),

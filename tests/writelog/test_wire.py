@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 import msgpack
 import pytest
 from hypothesis import given
@@ -24,6 +26,10 @@ MESSAGES = st.one_of(
 )
 
 
+def sealed(values: object) -> bytes:
+    return wire.seal(msgpack.packb(values))
+
+
 def data(payload: bytes, seq: int = 1, offset: int = 0) -> list[bytes]:
     return [wire.encode(Data(seq, offset, len(payload), wire.checksum(payload))), payload]
 
@@ -40,17 +46,18 @@ def test_data_comes_back_with_its_payload(seq: int, offset: int, payload: bytes)
 
 
 @pytest.mark.parametrize("frames", [
-    [], [b""], [b"\xc1"], [b"\x91"], [msgpack.packb(5)], [msgpack.packb({})], [msgpack.packb([])],
-    [msgpack.packb([99])], [msgpack.packb([True, 1])], [msgpack.packb(["HELLO"])],
-    [msgpack.packb([Kind.BARRIER])], [msgpack.packb([Kind.BARRIER, 1, 2])], [msgpack.packb([Kind.BARRIER, -1])],
-    [msgpack.packb([Kind.BARRIER, 1 << 63])], [msgpack.packb([Kind.BARRIER, True])],
-    [msgpack.packb([Kind.BARRIER, 1.0])], [msgpack.packb([Kind.BARRIER, "1"])],
-    [msgpack.packb([Kind.PROMOTE, bytes(15)])], [msgpack.packb([Kind.PROMOTE, "x" * 16])],
-    [msgpack.packb([Kind.HELLO])], [msgpack.packb([Kind.HELLO, wire.VERSION, bytes(16), 4096])],
-    [msgpack.packb([Kind.BASE, "1"])], [msgpack.packb([Kind.BASE, -1])],
-    [msgpack.packb([Kind.ERROR, 5, "x" * 2000, ""])], [bytes(wire.MAX_HEADER_BYTES + 1)],
-    [msgpack.packb([Kind.ZERO, 1, 0, 0])], [msgpack.packb([Kind.ZERO, 1, 0, wire.MAX_ZERO_BYTES + 1])],
-    [b"\xdd\xff\xff\xff\xff"], [b"\x91" * 5000],
+    [], [b""], [b"\xc1"], [wire.seal(b"\xc1")], [wire.seal(b"")], [wire.seal(b"\x91")],
+    [sealed(5)], [sealed({})], [sealed([])],
+    [sealed([99])], [sealed([True, 1])], [sealed(["HELLO"])],
+    [sealed([Kind.BARRIER])], [sealed([Kind.BARRIER, 1, 2])], [sealed([Kind.BARRIER, -1])],
+    [sealed([Kind.BARRIER, 1 << 63])], [sealed([Kind.BARRIER, True])],
+    [sealed([Kind.BARRIER, 1.0])], [sealed([Kind.BARRIER, "1"])],
+    [sealed([Kind.PROMOTE, bytes(15)])], [sealed([Kind.PROMOTE, "x" * 16])],
+    [sealed([Kind.HELLO])], [sealed([Kind.HELLO, wire.VERSION, bytes(16), 4096])],
+    [sealed([Kind.BASE, "1"])], [sealed([Kind.BASE, -1])],
+    [sealed([Kind.ERROR, 5, "x" * 2000, ""])], [bytes(wire.MAX_HEADER_BYTES + 1)],
+    [sealed([Kind.ZERO, 1, 0, 0])], [sealed([Kind.ZERO, 1, 0, wire.MAX_ZERO_BYTES + 1])],
+    [wire.seal(b"\xdd\xff\xff\xff\xff")], [wire.seal(b"\x91" * 5000)], [msgpack.packb([Kind.BARRIER, 1])],
     [wire.encode(Barrier(1)), b"more"], [wire.encode(Barrier(1))[:-1]], [wire.encode(Barrier(1)) + b"\0"],
     data(b"abcd")[:1], [*data(b"abcd"), b""], [data(b"abcd")[0], b"abc"],
     data(bytes(wire.MAX_DATA_BYTES + 1)),
@@ -60,7 +67,7 @@ def test_bad_frames_are_refused(frames: list[bytes]) -> None:
         wire.decode(frames)
 
 
-@given(st.lists(st.binary(max_size=60), max_size=3))
+@given(st.lists(st.binary(max_size=60) | st.binary(max_size=60).map(wire.seal), max_size=3))
 def test_garbage_is_refused_or_is_a_message(frames: list[bytes]) -> None:
     try:
         message, payload = wire.decode(frames)
@@ -77,8 +84,18 @@ def test_a_cut_header_is_refused(message: wire.Message, draw: st.DataObject) -> 
         wire.decode([header[:cut]])
 
 
+@given(MESSAGES, st.data())
+def test_a_header_with_any_bit_flipped_is_damaged(message: wire.Message, draw: st.DataObject) -> None:
+    header = bytearray(wire.encode(message))
+    bit = draw.draw(st.integers(0, 8 * len(header) - 1))
+    header[bit // 8] ^= 1 << bit % 8
+    with pytest.raises(ProtocolError) as caught:
+        wire.decode([header])
+    assert caught.value.errno == errno.EBADMSG
+
+
 def test_hello_of_another_version_tells_its_version_whatever_follows() -> None:
-    message, _ = wire.decode([msgpack.packb([Kind.HELLO, 7, "something", [], 12])])
+    message, _ = wire.decode([sealed([Kind.HELLO, 7, "something", [], 12])])
     assert isinstance(message, Hello)
     assert message.version == 7
 
