@@ -14,7 +14,7 @@ from typing import Final
 
 import zmq
 
-from tapcore.errors import ReplicationError, UsageError
+from tapcore.errors import ProtocolError, ReplicationError, UsageError
 from writelog.keyring import Keys
 from writelog.sync_transport import ENDPOINT_HINT, MONITORED, monitor_events, prepare, use_curve
 from writelog.wire import Data, Hello, Message, Packed, decode, encode
@@ -29,7 +29,13 @@ MAX_BLIND_FAILURES: Final = 3
 
 
 class LinkLost(Exception):
-    """The connection dropped, or the replica is silent; `str()` says which."""
+    """The connection dropped or is no good, or the replica is silent; `str()` says which. `hint` is for the case
+    that it never was any better."""
+
+    def __init__(self, why: str, hint: str = "", code: int | None = None) -> None:
+        super().__init__(why)
+        self.hint = hint or "is writelog-replica running there?"
+        self.errno = code
 
 
 @dataclass(frozen=True)
@@ -115,7 +121,8 @@ class Link:
 
     def receive(self) -> Iterator[Message]:
         """What has arrived, also on a connection that has ended since; `check` tells that afterwards.
-        ReplicationError if the replica will never let this sync in, ProtocolError on garbage."""
+        LinkLost if something was damaged on the way, or there is no handshake; ReplicationError if the replica
+        will never let this sync in, ProtocolError on garbage."""
         for event, value in monitor_events(self.monitor):
             self._on_event(event, value)
         for _ in range(MAX_RECEIVED):
@@ -124,8 +131,7 @@ class Link:
             except zmq.Again:
                 return
             self.heard_s = time.monotonic()
-            message, _ = decode(frames)
-            yield message
+            yield _decoded(frames)
 
     def check(self) -> None:
         """LinkLost if the connection has ended, or was silent for the peer's timeout."""
@@ -145,15 +151,16 @@ class Link:
             if self._credentials is not None:
                 self._credentials.used(self._server)
         elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
-            raise self._refusal("the replica does not know this sync's key",
-                                "make it known there: `writelog pair`, or the file that --authorized names")
+            raise ReplicationError(f"{self.peer.endpoint}: the replica does not know this sync's key",
+                                   errno=errno.EACCES, hint="make it known there: `writelog pair`, or the file "
+                                                            "that --authorized names")
         elif event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
-            raise self._refusal(f"the two ends do not agree on encryption (zmq error {value:#x})",
-                                self._hint)
+            raise LinkLost(f"the two ends do not agree on encryption (zmq error {value:#x})", self._hint,
+                           errno.EACCES)
         elif event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
             self._blind_failures += 1
             if self._blind_failures >= MAX_BLIND_FAILURES:
-                raise self._refusal("the replica breaks the handshake off", self._hint)
+                raise LinkLost("the replica breaks the handshake off", self._hint, errno.EACCES)
         elif event == zmq.EVENT_DISCONNECTED and not self._blind_failures:
             self._has_ended = True
 
@@ -163,8 +170,15 @@ class Link:
             return "the replica may want keys: leave --insecure-loopback-only out"
         return "it has another key than the one that is known of it here, or uses none"
 
-    def _refusal(self, message: str, hint: str) -> ReplicationError:
-        return ReplicationError(f"{self.peer.endpoint}: {message}", errno=errno.EACCES, hint=hint)
+
+def _decoded(frames: list[bytes]) -> Message:
+    """LinkLost if they were damaged on the way, ProtocolError if they never were a message."""
+    try:
+        return decode(frames)[0]
+    except ProtocolError as error:
+        if error.errno != errno.EBADMSG:
+            raise
+        raise LinkLost(error.message) from None
 
 
 def choose_server(context: zmq.Context[zmq.Socket[bytes]], peer: Peer, credentials: Credentials) -> bytes:

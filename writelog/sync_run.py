@@ -72,7 +72,8 @@ class Sync:
         self._start_s = time.monotonic()
         self._control = ControlSocket(source.control_path, self._wishes, self._status, self._heed)
         self._failed_tries = 0
-        """To connect, since the last time it worked."""
+        """To connect, since a connection was last of any use."""
+        self._connected_s = 0.0
 
     def _use(self, copier: Copier) -> None:
         self._copier, self._planner, self._pipeline = copier, copier.planner, copier.pipeline
@@ -151,9 +152,9 @@ class Sync:
                          self._overwrite))
         welcome = self._talk.answer(Welcome)
         self._is_welcome = True
-        self._planner.greeted(time.monotonic() - link.opened_s)
+        self._connected_s = time.monotonic()
+        self._planner.greeted(self._connected_s - link.opened_s)
         self._report.connections += 1
-        self._failed_tries = 0
         if not welcome.resumed:
             self._start_over()
             link.send(Base(self._base))
@@ -176,9 +177,11 @@ class Sync:
         self._switch_over.break_off()
         self._talk.hang_up()
         if not self._report.connections:
-            raise ReplicationError(f"{self._peer.endpoint}: {lost}", hint="is writelog-replica running there?")
+            raise ReplicationError(f"{self._peer.endpoint}: {lost}", errno=lost.errno, hint=lost.hint)
         if self._is_welcome:
             self._is_welcome = False
+            if self._pipeline.applied_seq or time.monotonic() - self._connected_s > LONGEST_TRY_S:
+                self._failed_tries = 0
             self._recover()
         self._back_off(str(lost))
 

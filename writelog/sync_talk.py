@@ -6,6 +6,7 @@ answer comes when is known by those who ask: `writelog.sync_run` and `writelog.s
 
 from __future__ import annotations
 
+import errno
 import math
 import time
 from collections.abc import Callable
@@ -100,11 +101,13 @@ class Talk:
             self.copier.pipeline.on_read(response)
 
     def hear(self) -> None:
-        """Take in what the replica has said. LinkLost if it is gone."""
+        """Take in what the replica has said. LinkLost if it is gone, or got something damaged."""
         for message in self.link.receive():
             if isinstance(message, Ack):
                 self.copier.ack = message
                 self.copier.pipeline.on_ack(message)
+            elif isinstance(message, Failure) and message.errno == errno.EBADMSG:
+                raise LinkLost(message.message)
             elif isinstance(message, Refused | Failure):
                 raise ReplicationError(f"{self.peer.endpoint}: {message.message}",
                                        errno=getattr(message, "errno", None), hint=message.hint or None)
