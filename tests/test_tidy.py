@@ -58,6 +58,7 @@ writelog.pace
 writelog.generations
 writelog.plan
 writelog.planner
+writelog.planner_group
 writelog.simulate
 writelog.ring
 writelog.shm
@@ -130,7 +131,7 @@ module imports from its own layer and those before it."""
 PURE = [
     "tapcore.nbd.wire", "tapcore.nbd.negotiate", "tapcore.nbd.status", "tapcore.nbd.session",
     "tapcore.nbd.replies", "tapcore.nbd.client_codec", "tapcore.nbd.reply_decoder", "tapcore.nbd.fit",
-    "writelog.wire", "writelog.plan", "writelog.planner", "writelog.simulate",
+    "writelog.wire", "writelog.plan", "writelog.planner", "writelog.planner_group", "writelog.simulate",
     "writelog.backlog", "writelog.heat", "writelog.pace", "writelog.forecast",
     "writelog.ring", "tapcore.bucket",
     "writelog.migrate_plan", "writelog.migrate_check",

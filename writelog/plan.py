@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Final
@@ -171,12 +172,12 @@ def _figures(outlook: Outlook) -> str:
     return f"{text}; {outlook.measures}" if outlook.measures else text
 
 
-def settled_pause_s(spread: Spread, touch_bytes: float, send_rate: float, fixed_s: float) -> float:
-    """What the sweeps settle at, if each touch of a chunk writes `touch_bytes`; infinite if at more than
+def settled_pause_s(bytes_after: Callable[[float], float], send_rate: float, fixed_s: float) -> float:
+    """What the sweeps settle at, if a sweep of t seconds leaves `bytes_after(t)`; infinite if at more than
     SWEEP_MAX_S."""
     sweep_s = SWEEP_MIN_S
     while sweep_s < SWEEP_MAX_S:
-        if spread.bytes_after(sweep_s, touch_bytes) / send_rate + fixed_s <= sweep_s:
+        if bytes_after(sweep_s) / send_rate + fixed_s <= sweep_s:
             return sweep_s
         sweep_s *= SWEEP_STEP
     return math.inf
@@ -186,48 +187,6 @@ def bytes_a_touch(spread: Spread, write_rate: float) -> float:
     """How much of a chunk a touch writes, about: all that is written goes to the chunks that are touched."""
     touch_rate = spread.touch_rate
     return min(write_rate / touch_rate, CHUNK_BYTES) if touch_rate else CHUNK_BYTES
-
-
-class Escalation:
-    """What is done so that a sync converges: `rate` is the cap on what is sent, `throttle` on what the guest
-    writes; None is no cap."""
-
-    def __init__(self, limits: Limits) -> None:
-        self.rate = limits.rate
-        self.throttle: float | None = None
-        self._limits = limits
-
-    def _floor(self, send_rate: float) -> float:
-        floor = self._limits.throttle_floor
-        return send_rate / 2 if floor is None else floor
-
-    @property
-    def _may_send_more(self) -> bool:
-        return self.rate is not None and self._limits.max_rate is not None and self.rate < self._limits.max_rate
-
-    def can_step(self, send_rate: float | None) -> bool:
-        if self._may_send_more:
-            return True
-        if not self._limits.may_throttle or not send_rate:
-            return False
-        return self.throttle is None or self.throttle > self._floor(send_rate)
-
-    def step(self, write_rate: float, send_rate: float) -> None:
-        """One step further. `can_step` was true."""
-        if self._may_send_more:
-            assert self.rate is not None and self._limits.max_rate is not None
-            self.rate = min(self.rate * RATE_STEP, self._limits.max_rate)
-            return
-        now = min(self.throttle or write_rate, max(write_rate, 1.0))
-        self.throttle = max(now * THROTTLE_STEP, self._floor(send_rate), 1.0)
-
-    def __str__(self) -> str:
-        parts = []
-        if self.rate is not None:
-            parts.append(f"the cap is {size_text(self.rate)}/s")
-        if self.throttle is not None:
-            parts.append(f"the guest is slowed down to {size_text(self.throttle)}/s")
-        return ", ".join(parts)
 
 
 def flush_estimate_s(last_flush_s: float, last_flush_bytes: int, pending_bytes: int) -> float:

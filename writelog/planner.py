@@ -5,32 +5,28 @@ The caller has the clock and does the work, be it a real sync or a simulated one
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final
 
 from writelog.backlog import Backlog
 from writelog.pace import Window
 from writelog.plan import (
-    Action,
     Decision,
-    Escalation,
-    Improvement,
     Limits,
     Meter,
     Outlook,
     bytes_a_touch,
     decide,
     flush_estimate_s,
-    settled_pause_s,
 )
+from writelog.planner_group import RATE_WINDOW_S, GroupPlanner
 
-RATE_WINDOW_S: Final = 2.0
-"""The rates are means over so long."""
 PORTION_S: Final = 0.05
 """What is taken at once is sent in about so long: it is not to become old before it is read."""
 MAX_BLIND_BYTES: Final = 1 << 20
 """What may be left for a pause when the replica has not shown yet how fast it is."""
 MIN_PORTION_BYTES, MAX_PORTION_BYTES = 1 << 20, 32 << 20
+ALONE: Final = "the disk"
 SWITCH_ROUND_TRIPS: Final = 2
 """Of a pause: barrier and promotion."""
 
@@ -61,16 +57,20 @@ class Seen:
 
 
 class Planner:
-    """Begins at `start_s`. `backlog` is the sync's."""
+    """Begins at `start_s`. `backlog` is the sync's; `group` are the disks that switch together, of which this is
+    the one called `name`."""
 
-    def __init__(self, limits: Limits, backlog: Backlog, start_s: float) -> None:
-        self.limits = limits
+    def __init__(self, limits: Limits, backlog: Backlog, start_s: float, group: GroupPlanner | None = None,
+                 name: str = ALONE) -> None:
+        self.group = group or GroupPlanner(limits, (name,))
+        self._name = name
         self._greeting_s = 0.0
         self.failed_pauses = 0
-        self.escalation = Escalation(limits)
         self.window = Window(limits.downtime_s)
         self.outlook = Outlook(0.0, False, backlog.size_bytes, None, 0.0, 0.0, 0.0)
-        """The last one."""
+        """The last one, of this disk."""
+        self.prospect = self.outlook
+        """The last one of the group, by which it is decided."""
         self._backlog = backlog
         self._start_s = start_s
         self._sampled_s = start_s
@@ -78,28 +78,24 @@ class Planner:
         self._moved_s = start_s
         """When the replica was last seen to apply something, or had nothing to."""
         self._moved_seq = 0
-        self._escalated_s = -float("inf")
         self._sent = Meter(RATE_WINDOW_S)
         self._written = Meter(RATE_WINDOW_S)
         self.start_over()
 
     def start_over(self) -> None:
-        """The log was filled: what was measured of it means nothing any more."""
+        """The log was filled, or the disk or its replica is gone for now: what was measured means nothing any
+        more."""
         self._dirtied = Meter(RATE_WINDOW_S)
-        self._improvement = Improvement()
-        self._was_first_pass = True
+        self.group.lost(self._name)
 
-    def set_limits(self, limits: Limits) -> None:
-        """From now on these."""
-        throttle = self.escalation.throttle
-        self.limits = limits
-        self.escalation = Escalation(limits)
-        self.escalation.throttle = throttle if limits.may_throttle else None
-        self._improvement = Improvement()
+    @property
+    def throttle(self) -> float | None:
+        """What the guest may write to this disk."""
+        return self.group.disks[self._name].throttle
 
-    def hold(self) -> None:
-        """The switch-over that was decided on is put off: patience begins anew when it would not do any more."""
-        self._improvement = Improvement()
+    def relax(self) -> None:
+        """The guest may write as it likes."""
+        self.group.disks[self._name].throttle = None
 
     @property
     def window_bytes(self) -> int:
@@ -119,7 +115,8 @@ class Planner:
     def look(self, seen: Seen) -> Outlook:
         """The outlook at a moment, which is kept in `outlook`."""
         now_s = seen.now_s
-        if seen.todo_bytes or seen.unacked_bytes:
+        is_busy = bool(seen.todo_bytes or seen.unacked_bytes)
+        if is_busy:
             # Only while there is something to send does what was sent tell what the link can carry.
             self._busy_s += now_s - self._sampled_s
             self._sent.feed(self._busy_s, seen.applied_bytes)
@@ -128,14 +125,11 @@ class Planner:
         self._written.feed(now_s, seen.written_bytes)
         if seen.applied_seq != self._moved_seq or not seen.unacked_bytes:
             self._moved_s, self._moved_seq = now_s, seen.applied_seq
-        if seen.first_pass_done and self._was_first_pass:
-            self._was_first_pass = False
-            self._improvement = Improvement()
         remaining_bytes = seen.dirty_bytes + seen.todo_bytes + seen.unacked_bytes
         pending_bytes = seen.dirty_bytes + seen.leased_bytes
         # What is leased and written again can be taken only after a first barrier.
         barriers = 2 if seen.leased_bytes else 1
-        outlook = Outlook(
+        self.outlook = Outlook(
             elapsed_s=now_s - self._start_s,
             first_pass_done=seen.first_pass_done,
             remaining_bytes=remaining_bytes,
@@ -147,32 +141,18 @@ class Planner:
             failed_pauses=self.failed_pauses,
             stalled_s=now_s - self._moved_s,
             is_untried=seen.applied_seq == 0 and (seen.unacked_bytes > 0 or remaining_bytes > MAX_BLIND_BYTES),
-            measures=str(self.escalation),
-            escalated_s=now_s - self._escalated_s,
         )
-        self.outlook = replace(
-            outlook, unimproved_s=self._improvement.unimproved_s(now_s, outlook.pause_s),
-            best_pause_s=self._best_pause_s(outlook), can_escalate=self.escalation.can_step(outlook.send_rate))
+        spread = self._backlog.spread
+        self.prospect = self.group.look(self._name, now_s, self.outlook, seen.applied_bytes, is_busy, spread,
+                                        bytes_a_touch(spread, self.outlook.write_rate))
         return self.outlook
 
-    def _best_pause_s(self, outlook: Outlook) -> float | None:
-        if not outlook.send_rate:
-            return None
-        spread = self._backlog.spread
-        return settled_pause_s(spread, bytes_a_touch(spread, outlook.write_rate), outlook.send_rate,
-                               outlook.round_trip_s + outlook.flush_s)
-
     def decide(self) -> Decision:
-        """What to do now, by the last outlook. For ESCALATE, `escalation` has changed: it is to be carried out."""
-        decision = decide(self.outlook, self.limits)
-        if decision.action == Action.ESCALATE:
-            assert self.outlook.send_rate is not None
-            self.escalation.step(self.outlook.write_rate, self.outlook.send_rate)
-            self._escalated_s = self._sampled_s
-            self._improvement = Improvement()
-        return decision
+        """What to do now, by the last outlook. For ESCALATE, `group.rate` and `throttle` have changed: they are to
+        be heeded."""
+        return self.group.decide(self._name, self.prospect)
 
     def decide_meanwhile(self, now_s: float, paused_s: float | None, remaining_bytes: int) -> Decision:
         """Between two looks, in a pause maybe: is there a reason not to go on?"""
         outlook = self.outlook.with_pause(now_s - self._start_s, paused_s, remaining_bytes)
-        return decide(outlook, self.limits)
+        return decide(outlook, self.group.limits)

@@ -336,14 +336,14 @@ class Simulation:
         return False
 
     def _escalate(self) -> None:
-        escalation = self.planner.escalation
-        self.outcome.steps.append(f"{self.now_s:.1f} s: {escalation}")
-        if escalation.rate is not None and self._cap is not None:
-            self._cap.set_rate(escalation.rate, self.now_s)
-        if escalation.throttle is not None:
+        rate, throttle = self.planner.group.rate, self.planner.throttle
+        self.outcome.steps.append(f"{self.now_s:.1f} s: {self.planner.group.measures()}")
+        if rate is not None and self._cap is not None:
+            self._cap.set_rate(rate, self.now_s)
+        if throttle is not None:
             if self._throttle is None:
-                self._throttle = Bucket(escalation.throttle, self.now_s)
-            self._throttle.set_rate(escalation.throttle, self.now_s)
+                self._throttle = Bucket(throttle, self.now_s)
+            self._throttle.set_rate(throttle, self.now_s)
 
     def _switch(self) -> None:
         """The guest stands still: send the rest, flush, compare."""

@@ -1,4 +1,5 @@
-"""The control socket of a running sync, `sync:DISK:LOG.ctl` in the run directory: JSON lines, as tapdisk's.
+"""The control socket of a running sync, `sync:DISK:LOG.ctl` in the run directory: JSON lines, as tapdisk's. A sync
+of several disks listens at the name of each.
 
     {"op": "status"}   {"ok": true, "result": {"state": "converging", "remaining_bytes": 5242880, …}}
 
@@ -24,7 +25,7 @@ import json
 import logging
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -78,6 +79,8 @@ class Wishes:
     """When that ends by itself (time.time())."""
     is_paused: bool = False
     is_cancelled: bool = False
+    version: int = 0
+    """Raised with each change."""
 
     @property
     def may_switch(self) -> bool:
@@ -103,24 +106,43 @@ class Wishes:
         self.limits = limits
 
 
+class Follower:
+    """In place of a control socket, for a sync whose group has one: `changed` is called when the wishes are
+    others."""
+
+    def __init__(self, wishes: Wishes, changed: Callable[[], None]) -> None:
+        self._wishes = wishes
+        self._changed = changed
+        self._version = wishes.version
+
+    def turn(self) -> None:
+        if self._version != self._wishes.version:
+            self._version = self._wishes.version
+            self._changed()
+
+    def close(self, report: dict[str, Any] | WritelogError) -> None:
+        """The group tells."""
+
+
 class ControlSocket:
     """Listens until `close`. `status` gives what the op of that name answers, `changed` is called after the wishes
     changed. To be given a `turn` often."""
 
-    def __init__(self, path: Path, wishes: Wishes, status: Callable[[], dict[str, Any]],
+    def __init__(self, paths: Iterable[Path], wishes: Wishes, status: Callable[[], dict[str, Any]],
                  changed: Callable[[], None]) -> None:
         """ControlError if it cannot listen. A path that is too long for a socket is told: then there is none."""
-        self._path = path
         self._wishes = wishes
         self._status = status
         self._changed = changed
-        self._listener: socket.socket | None = None
-        try:
-            self._listener = unixsocket.listen(path)
-        except ControlError as error:
-            if error.errno != errno.ENAMETOOLONG:
-                raise
-            logger.warning("this sync cannot be steered: %s", error)
+        self._listeners: dict[Path, socket.socket] = {}
+        for path in paths:
+            try:
+                self._listeners[path] = unixsocket.listen(path)
+            except ControlError as error:
+                if error.errno != errno.ENAMETOOLONG:
+                    self._stop_listening()
+                    raise
+                logger.warning("this sync cannot be steered: %s", error)
         self._clients: dict[socket.socket, Lines] = {}
         self._waiting: set[socket.socket] = set()
         self._turned_s = 0.0
@@ -128,19 +150,23 @@ class ControlSocket:
     def turn(self) -> None:
         """Serve whoever asks, if it is time."""
         now_s = time.monotonic()
-        if self._listener is None or now_s - self._turned_s < TURN_S:
+        if now_s - self._turned_s < TURN_S:
             return
         self._turned_s = now_s
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                client, _ = self._listener.accept()
-                if len(self._clients) >= MAX_CLIENTS or not unixsocket.peer_allowed(client)[0]:
-                    client.close()
-                    continue
-                client.setblocking(False)
-                self._clients[client] = Lines(MAX_REQUEST_BYTES)
+        for listener in self._listeners.values():
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    self._accept(listener)
         for client in list(self._clients):
             self._serve(client)
+
+    def _accept(self, listener: socket.socket) -> None:
+        client, _ = listener.accept()
+        if len(self._clients) >= MAX_CLIENTS or not unixsocket.peer_allowed(client)[0]:
+            client.close()
+            return
+        client.setblocking(False)
+        self._clients[client] = Lines(MAX_REQUEST_BYTES)
 
     def close(self, report: dict[str, Any] | WritelogError) -> None:
         """Tell those who wait how it ended, and stop."""
@@ -149,9 +175,12 @@ class ControlSocket:
                 self._answer(client, encode_error(report) if isinstance(report, WritelogError)
                              else encode_result(report))
             client.close()
-        if self._listener is not None:
-            self._listener.close()
-            self._path.unlink(missing_ok=True)
+        self._stop_listening()
+
+    def _stop_listening(self) -> None:
+        for path, listener in self._listeners.items():
+            listener.close()
+            path.unlink(missing_ok=True)
 
     def _serve(self, client: socket.socket) -> None:
         lines = self._clients[client]
@@ -198,6 +227,7 @@ class ControlSocket:
         elif op == "cancel":
             wishes.is_cancelled = True
         if op != "status":
+            wishes.version += 1
             self._changed()
         return encode_result(self._status())
 

@@ -6,7 +6,9 @@ Orders and judgements are those of `writelog.backlog` and `writelog.planner`; he
 from __future__ import annotations
 
 import math
+import threading
 import time
+from collections.abc import Iterable
 from typing import Final
 
 from bitarray.util import ones, zeros
@@ -15,6 +17,8 @@ from writelog.backlog import Backlog
 from writelog.heat import SAMPLE_S
 from writelog.plan import Limits, Outlook
 from writelog.planner import Planner, Seen
+from writelog.planner_group import GroupPlanner
+from writelog.sync_cap import Cap
 from writelog.sync_control import Wishes
 from writelog.sync_gate import Gate, Step
 from writelog.sync_pack import Packer
@@ -32,17 +36,24 @@ NEWS_S, CALM_NEWS_S = 0.05, 1.0
 LOOK_S: Final = 0.1
 
 
+class Shared:
+    """What the syncs of a group have in common: they send over one link, and judge together."""
+
+    def __init__(self, limits: Limits, names: Iterable[str]) -> None:
+        self.cap = Cap(limits.rate)
+        self.planner = GroupPlanner(limits, names, threading.Lock())
+
+
 class Copier:
     """Of one sync. `first_pass_done` once all that was dirty at the beginning was sent."""
 
-    def __init__(self, source: Source, limits: Limits, compress: str) -> None:
+    def __init__(self, source: Source, limits: Limits, compress: str, shared: Shared) -> None:
         self.ack = Ack(0, 0, 0, 0)
         """The replica's last one."""
         self.backlog = Backlog(source.size_bytes)
-        self.planner = Planner(limits, self.backlog, time.monotonic())
-        self.pipeline = Pipeline(source.log, self._durable, self.planner.window.answered)
+        self.planner = Planner(limits, self.backlog, time.monotonic(), shared.planner, source.name)
+        self.pipeline = Pipeline(source.log, self._durable, self.planner.window.answered, shared.cap)
         self.pipeline.packer = Packer(compress)
-        self.pipeline.set_rate(limits.rate)
         self.source = source
         self._committed_bytes = 0
         self._asked_s = self._looked_s = -math.inf
@@ -51,7 +62,7 @@ class Copier:
         """Nobody waits for a switch-over: what is hot is sent less often."""
 
     def set_limits(self, limits: Limits) -> None:
-        self.planner.set_limits(limits)
+        self.planner.group.set_limits(limits)
         self.escalate()
 
     def begin(self, is_all: bool) -> None:
@@ -90,6 +101,7 @@ class Copier:
         """The connection is gone: what is not confirmed is dirty again. Nothing may be on its way any more."""
         self.source.reclaim()
         self.backlog.give_back()
+        self.planner.start_over()
 
     def take_more(self) -> None:
         """Keep enough at hand to send."""
@@ -135,14 +147,14 @@ class Copier:
 
     def escalate(self) -> None:
         """Do what the planner has decided on."""
-        self.pipeline.set_rate(self.planner.escalation.rate)
-        if self.planner.escalation.throttle is not None:
-            self.source.slow_down(self.planner.escalation.throttle)
+        self.pipeline.cap.set_rate(self.planner.group.rate)
+        if self.planner.throttle is not None:
+            self.source.slow_down(self.planner.throttle)
 
     def relax(self) -> None:
         """Let the guest write as it likes: it would be slowed down in vain."""
-        if self.planner.escalation.throttle is not None:
-            self.planner.escalation.throttle = None
+        if self.planner.throttle is not None:
+            self.planner.relax()
             self.source.slow_down(None)
 
     def usual_state(self, wishes: Wishes, gate: Gate) -> str:
@@ -151,7 +163,7 @@ class Copier:
             return PAUSED
         if not self.first_pass_done:
             return SYNCING
-        fits = self.planner.outlook.pause_s <= wishes.limits.downtime_s
+        fits = self.planner.prospect.pause_s <= wishes.limits.downtime_s
         return IN_SYNC if fits and (wishes.is_held or not gate.may(Step.CONFIRMED)) else CONVERGING
 
     def progress(self) -> Progress:
@@ -159,5 +171,5 @@ class Copier:
         return Progress(elapsed_s=outlook.elapsed_s, sent_bytes=pipeline.sent_bytes,
                         zero_bytes=pipeline.zero_bytes, remaining_bytes=outlook.remaining_bytes,
                         rate=outlook.send_rate, dirty_rate=outlook.dirty_rate, pause_s=outlook.pause_s,
-                        eta_s=outlook.eta_s, best_pause_s=outlook.best_pause_s,
-                        rate_cap=self.planner.escalation.rate, write_limit=self.planner.escalation.throttle)
+                        eta_s=outlook.eta_s, best_pause_s=self.planner.prospect.best_pause_s,
+                        rate_cap=self.planner.group.rate, write_limit=self.planner.throttle)

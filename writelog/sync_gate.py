@@ -5,9 +5,11 @@
              held       last round     fenced          the primary
                         confirmed
 
-A sync tells its gate what it has reached; whoever drives the group says how far they may go. All have handed
-over before any replica is promoted, and up to that moment an abort takes everything back: the disks switch all
-together, or none does. Threads meet here and nowhere else: each sync runs in one, its driver in another.
+A sync tells its gate what it has reached; whoever drives the group says how far they may go. All are paused when
+the first is handed over, so what the replicas have is of one moment. All have handed over before any replica is
+promoted; up to that moment an abort takes everything back, and so does breaking off, after which the disks are
+copied further and it is tried again: they switch all together, or none does. Each sync runs in a thread, their
+driver in another.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from collections.abc import Iterable
 from enum import IntEnum
 
 from tapcore.errors import ReplicationError
+from writelog.sync_stop import BrokenOff
 
 
 class Step(IntEnum):
@@ -42,6 +45,10 @@ class Group:
         self.allowed = Step.READY
         self.aborted: str | None = None
         """Why, if it was."""
+        self.broken_off = 0
+        """How many switch-overs were."""
+        self.reason = BrokenOff("")
+        """Why the last one was."""
         self.gates = {name: Gate(self) for name in names}
 
     def have(self, step: Step) -> bool:
@@ -71,6 +78,18 @@ class Group:
             self._tell()
             return True
 
+    def break_off(self, reason: BrokenOff) -> bool:
+        """Have all that are in the switch-over let their guests go on, and try again later. False, and nothing
+        changes, if there is none, or they may promote already."""
+        with self.changed:
+            if not Step.READY < self.allowed < Step.PROMOTED:
+                return False
+            self.allowed = Step.READY
+            self.broken_off += 1
+            self.reason = reason
+            self._tell()
+            return True
+
     def _tell(self) -> None:
         for gate in self.gates.values():
             gate.tell()
@@ -82,6 +101,8 @@ class Gate:
     def __init__(self, group: Group | None = None) -> None:
         self.reached = Step.COPYING
         self._group = group or ALONE
+        self._round: int | None = None
+        """Which switch-over the sync takes part in."""
         self._fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._has_news = False
 
@@ -102,28 +123,43 @@ class Gate:
             self._has_news = True
 
     def check(self) -> None:
-        """Take in the news. Aborted if the group does not switch over."""
+        """Take in the news. Aborted if the group does not switch over, BrokenOff if the sync is to leave the
+        switch-over that it takes part in."""
         if self._has_news:
             self._has_news = False
             with contextlib.suppress(BlockingIOError):
                 os.eventfd_read(self._fd)
         if self._group.aborted is not None:
             raise Aborted(self._group.aborted, errno=errno.ECANCELED)
+        if self._round is not None and self._round != self._group.broken_off:
+            self._round = None
+            raise self._group.reason
 
     def reach(self, step: Step) -> None:
         """The sync is at `step` now, be it further or, when something went wrong, back."""
         with self._group.changed:
+            if step <= Step.READY:
+                self._round = None
             self.reached = step
             self._group.changed.notify_all()
+
+    def enter(self) -> bool:
+        """Whether the sync is in sync and may switch over; from then on it takes part."""
+        with self._group.changed:
+            if self.reached < Step.READY or not self.may(Step.CONFIRMED):
+                return False
+            self._round = self._group.broken_off
+            return True
+
+    def step_back(self) -> None:
+        """The sync is in sync no more; too late if the switch-over has begun."""
+        with self._group.changed:
+            if not self.may(Step.CONFIRMED):
+                self.reached = Step.COPYING
 
     def may(self, step: Step) -> bool:
         """Whether the sync may go on to `step`."""
         return self._group.allowed >= step
-
-    @property
-    def is_open(self) -> bool:
-        """Whether the sync is in sync, and may switch."""
-        return self.reached >= Step.READY and self.may(Step.CONFIRMED)
 
 
 ALONE = Group(())

@@ -19,10 +19,10 @@ from typing import Final
 import zmq
 from bitarray import bitarray
 
-from tapcore.bucket import Bucket
 from tapcore.errors import ProtocolError, ReplicationError
 from writelog.backlog import Runs
 from writelog.client import LogClient, Response
+from writelog.sync_cap import Cap
 from writelog.sync_link import MAX_UNACKED_MESSAGES, Link
 from writelog.sync_pack import Packer
 from writelog.sync_report import Report
@@ -95,7 +95,7 @@ class Pipeline:
     `answered(latency_s)` for extents that it has applied."""
 
     def __init__(self, reader: LogClient, durable: Callable[[Portion], None],
-                 answered: Callable[[float], None]) -> None:
+                 answered: Callable[[float], None], cap: Cap) -> None:
         self.window_bytes = 0
         """No more than this is to be sent and not applied."""
         self.unsent_blocks = 0
@@ -113,7 +113,7 @@ class Pipeline:
         self._reader = reader
         self._durable = durable
         self._answered = answered
-        self._bucket: Bucket | None = None
+        self.cap = cap
         self._block_bytes = reader.granularity_bytes
         self.reset(None, 0)
 
@@ -134,14 +134,6 @@ class Pipeline:
         self._unsent = unsent
         self.unsent_blocks = unsent.count()
         self.first_pass_bytes = 0
-
-    def set_rate(self, rate: float | None) -> None:
-        """Send no more than `rate` bytes a second."""
-        now_s = time.monotonic()
-        if rate is None or self._bucket is None:
-            self._bucket = None if rate is None else Bucket(rate, now_s)
-        else:
-            self._bucket.set_rate(rate, now_s)
 
     def reset(self, link: Link | None, credit_bytes: int) -> None:
         """Begin anew on `link`. No read may be in flight, and nothing in zmq's hands (`settle`)."""
@@ -186,7 +178,7 @@ class Pipeline:
     @property
     def waits_s(self) -> float:
         """How long the rate still forbids to send more."""
-        return self._bucket.wait_s(time.monotonic()) if self._todo and self._bucket is not None else 0.0
+        return self.cap.waits_s if self._todo else 0.0
 
     @property
     def reads_in_flight(self) -> int:
@@ -232,8 +224,7 @@ class Pipeline:
             part = self._arena.allocate(piece_bytes) if self._reader.free_slots else None
             if part is None:
                 return False
-            if self._bucket is not None:
-                self._bucket.take(piece_bytes)
+            self.cap.take(piece_bytes)
             place, cost_bytes = part
             piece = Piece(portion, offset, piece_bytes, place, cost_bytes, is_ready=False)
             self._reading[place] = piece
@@ -269,8 +260,8 @@ class Pipeline:
         if piece.checksum is None:
             message: Data | Packed | Zero = Zero(self.seq, piece.offset, piece.length)
             self._link.send(message)
-            if self._bucket is not None and piece.place >= 0:
-                self._bucket.take(-piece.length)
+            if piece.place >= 0:
+                self.cap.take(-piece.length)
             self.zero_bytes += piece.length
         else:
             message, tracker = self._send_payload(piece, piece.checksum)
@@ -294,8 +285,7 @@ class Pipeline:
             plain = Data(self.seq, piece.offset, piece.length, check)
             return plain, self._link.send_data(plain, data)
         self.wire_bytes += len(packed)
-        if self._bucket is not None:
-            self._bucket.take(len(packed) - piece.length)
+        self.cap.take(len(packed) - piece.length)
         message = Packed(self.seq, piece.offset, piece.length, check)
         self._link.send_data(message, packed)
         return message, None

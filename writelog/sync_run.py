@@ -22,15 +22,15 @@ from typing import Any, Final
 
 from tapcore.errors import ControlError, LogError, ReplicationError, WritelogError
 from writelog.plan import Action, Limits
-from writelog.sync_control import ControlSocket, Wishes
-from writelog.sync_copy import Copier
+from writelog.sync_control import ControlSocket, Follower, Wishes
+from writelog.sync_copy import Copier, Shared
 from writelog.sync_gate import Gate, Step
 from writelog.sync_hooks import Hooks
 from writelog.sync_link import LinkLost, Peer
 from writelog.sync_pack import AUTO
 from writelog.sync_report import CONNECTING, CONVERGING, STALLED, Report, Reporter
 from writelog.sync_source import Source
-from writelog.sync_stop import Interrupted, PauseTooLong
+from writelog.sync_stop import BrokenOff, Interrupted, PauseTooLong
 from writelog.sync_switch import SwitchOver
 from writelog.sync_talk import POLL_S, SETTLE_S, Talk
 from writelog.wire import VERSION, Base, Hello, Welcome
@@ -44,12 +44,13 @@ DISK_GONE: Final = frozenset({errno.ECONNRESET, errno.EPIPE, errno.EBADF, errno.
 
 
 class Sync:
-    """One run for one disk. `interrupted` may be set by a signal handler. `gate`: when it may switch over."""
+    """One run for one disk. `interrupted` may be set by a signal handler. `gate`: when it may switch over.
+    `shared`: what it has in common with the other syncs of a group, which are steered by the group's `wishes`."""
 
     def __init__(self, source: Source, peer: Peer, limits: Limits, reporter: Reporter, *,
                  verify: bool = False, keep_running: bool = False, overwrite: bool = False,
                  compress: str = AUTO, wishes: Wishes | None = None, hooks: Hooks | None = None,
-                 gate: Gate | None = None) -> None:
+                 gate: Gate | None = None, shared: Shared | None = None) -> None:
         self.interrupted = False
         self._gate = gate or Gate()
         self._source = source
@@ -65,12 +66,14 @@ class Sync:
         """Whether the copier knows what the replica lacks."""
         self._is_welcome = False
         self._compress = compress
-        self._use(Copier(source, limits, compress))
+        self._shared = shared or Shared(limits, (source.name,))
+        self._use(Copier(source, limits, compress, self._shared))
         self._talk = Talk(peer, self._copier, self._gate, self._guard)
         self._switch_over = SwitchOver(self._talk, self._gate, self._wishes, hooks or Hooks(), reporter,
                                        self._report, verify=verify, keep_running=keep_running)
         self._start_s = time.monotonic()
-        self._control = ControlSocket(source.control_path, self._wishes, self._status, self._heed)
+        self._control = (Follower(self._wishes, self._heed) if shared is not None else
+                         ControlSocket((source.control_path,), self._wishes, self.status, self._heed))
         self._failed_tries = 0
         """To connect, since a connection was last of any use."""
         self._connected_s = 0.0
@@ -91,7 +94,7 @@ class Sync:
         finally:
             self._control.close(outcome)
 
-    def _status(self) -> dict[str, Any]:
+    def status(self) -> dict[str, Any]:
         wishes = self._wishes
         return asdict(self._copier.progress()) | {
             "disk": self._source.name, "replica": self._peer.endpoint, "state": self._reporter.current,
@@ -109,14 +112,13 @@ class Sync:
         try:
             while True:
                 try:
-                    self._connect()
-                    return self._converge_and_switch()
-                except LinkLost as lost:
-                    self._after_loss(lost)
-                except (LogError, ControlError) as error:
-                    if error.errno not in DISK_GONE or not self._is_begun or self._source.handed_over:
-                        raise
-                    self._wait_for_disk(error)
+                    report = self._try()
+                    if report is not None:
+                        return report
+                except BrokenOff as reason:
+                    # Of a disk that was handed over and is between two connections.
+                    self._switch_over.take_back(reason)
+                    self._talk.hang_up()
         except WritelogError as error:
             if not self._source.handed_over:
                 raise
@@ -129,6 +131,19 @@ class Sync:
                                         "lost, resume the primary by force with tap-ctl") from error
         finally:
             self._finish()
+
+    def _try(self) -> Report | None:
+        """On one connection. None if it was lost, and it is time for the next."""
+        try:
+            self._connect()
+            return self._converge_and_switch()
+        except LinkLost as lost:
+            self._after_loss(lost)
+        except (LogError, ControlError) as error:
+            if error.errno not in DISK_GONE or not self._is_begun or self._source.handed_over:
+                raise
+            self._wait_for_disk(error)
+        return None
 
     def _finish(self) -> None:
         self._talk.hang_up()
@@ -205,6 +220,8 @@ class Sync:
         what the replica lacks, or has forgotten, and then it all begins anew."""
         self._switch_over.watch = None
         self._source.paused = False
+        self._gate.reach(Step.COPYING)
+        self._planner.start_over()
         self._talk.hang_up()
         self._is_welcome = self._is_begun = False
         self._pipeline.settle(SETTLE_S)
@@ -217,7 +234,7 @@ class Sync:
             except (LogError, ControlError) as again:
                 error = again
         former, self._source = self._pipeline, source
-        self._use(Copier(source, self._wishes.limits, self._compress))
+        self._use(Copier(source, self._wishes.limits, self._compress, self._shared))
         self._talk.copier = self._copier
         self._pipeline.go_on_counting(former)
         if source.base() != self._base:
@@ -235,7 +252,7 @@ class Sync:
             time.sleep(POLL_S)
 
     def _guard(self) -> None:
-        """Interrupted, PauseTooLong or ReplicationError if there is a reason not to go on."""
+        """Interrupted, BrokenOff or ReplicationError if there is a reason not to go on."""
         self._gate.check()
         if self._source.handed_over:
             return
@@ -258,17 +275,18 @@ class Sync:
     # Copying
 
     def _converge_and_switch(self) -> Report:
-        while not self._source.handed_over:
-            self._copy()
+        while True:
             try:
-                self._switch_over.run()
+                if self._source.handed_over:
+                    self._switch_over.resume()
+                else:
+                    self._copy()
+                    self._switch_over.run()
                 break
-            except PauseTooLong as reason:
-                self._switch_over.break_off()
-                self._planner.failed_pauses += 1
+            except BrokenOff as reason:
+                self._switch_over.take_back(reason)
+                self._planner.failed_pauses += isinstance(reason, PauseTooLong)
                 self._reporter.state(CONVERGING, str(reason))
-        else:
-            self._switch_over.resume()
         report = self._report
         report.handed_over = self._source.handed_over
         report.pause_s = sum(report.pause_parts_s.values())
@@ -279,7 +297,7 @@ class Sync:
     def _copy(self) -> None:
         """Copy while the guest writes, until the plan says that it is time to switch, and the gate lets it."""
         copier, planner, gate = self._copier, self._planner, self._gate
-        while not gate.is_open:
+        while not gate.enter():
             stalled = planner.outlook.stalled_s >= STALL_TOLD_S
             may_switch = self._wishes.may_switch
             copier.is_calm = not may_switch
@@ -294,11 +312,11 @@ class Sync:
             decision = planner.decide()
             if decision.action == Action.SWITCH and may_switch and not self._wishes.is_paused:
                 gate.reach(Step.READY)
-                planner.hold()
-            elif planner.outlook.pause_s > self._wishes.limits.downtime_s:
-                gate.reach(Step.COPYING)
+                planner.group.hold()
+            elif planner.prospect.pause_s > self._wishes.limits.downtime_s:
+                gate.step_back()
             if decision.action == Action.ESCALATE:
                 copier.escalate()
-                self._reporter.state(CONVERGING, str(planner.escalation))
+                self._reporter.state(CONVERGING, planner.group.measures())
             elif decision.action == Action.GIVE_UP and may_switch:
                 raise ReplicationError(decision.reason, hint=decision.hint)

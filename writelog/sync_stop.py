@@ -9,8 +9,12 @@ class Interrupted(Exception):
     """The operator stopped the sync."""
 
 
-class PauseTooLong(Exception):
-    """The switch-over takes too long; `str()` says how long."""
+class BrokenOff(Exception):
+    """The switch-over is broken off, to be tried again; `str()` says why."""
+
+
+class PauseTooLong(BrokenOff):
+    """It takes too long; `str()` says how long."""
 
 
 class Stopwatch:

@@ -19,7 +19,7 @@ from writelog.sync_gate import Gate, Step
 from writelog.sync_hooks import Hooks
 from writelog.sync_link import LinkLost
 from writelog.sync_report import SWITCHING, Report, Reporter
-from writelog.sync_stop import Stopwatch
+from writelog.sync_stop import BrokenOff, Stopwatch
 from writelog.sync_talk import SETTLE_S, Talk
 from writelog.wire import Ack, Barrier, Content, Digest, Promote, Promoted, Release, Released, Verify
 
@@ -56,15 +56,16 @@ class SwitchOver:
         if self._verify:
             self._compare_disks()
             watch.lap("verify")
+        self._gate.reach(Step.CONFIRMED)
+        self._talk.pump_until(lambda: self._gate.may(Step.HANDED_OVER))
         if self._keep_running:
             source.resume()
             watch.lap("resume")
             with contextlib.suppress(LinkLost, WritelogError):  # the copy is confirmed, whatever comes now
                 self._talk.send(Release())
                 self._talk.answer(Released)
+            self._gate.reach(Step.PROMOTED)
         else:
-            self._gate.reach(Step.CONFIRMED)
-            self._talk.pump_until(lambda: self._gate.may(Step.HANDED_OVER))
             source.hand_over(self._talk.peer.endpoint)
             watch.lap("hand over")
             self._promote()
@@ -83,6 +84,13 @@ class SwitchOver:
         if not source.handed_over:
             self._gate.reach(Step.COPYING)
             source.resume()
+
+    def take_back(self, reason: BrokenOff) -> None:
+        """The guest goes on here, even if the disk was handed over: its replica was told nothing."""
+        source = self._talk.copier.source
+        if source.handed_over:
+            source.take_back(ReplicationError(str(reason)))
+        self.break_off()
 
     def _drain(self, watch: Stopwatch) -> None:
         """Of the paused disk: send and have confirmed what is dirty, until nothing is. What is leased when the

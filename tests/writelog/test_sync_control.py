@@ -167,7 +167,7 @@ def test_a_moment() -> None:
 
 def test_a_path_that_is_too_long_is_no_reason_not_to_sync(tmp_path: Path) -> None:
     path = tmp_path / ("x" * 120)
-    control = ControlSocket(path, Wishes(Limits()), dict, lambda: None)
+    control = ControlSocket((path,), Wishes(Limits()), dict, lambda: None)
     control.turn()
     control.close({})
     assert not path.exists()
@@ -177,7 +177,7 @@ def test_a_path_that_is_too_long_is_no_reason_not_to_sync(tmp_path: Path) -> Non
     b"garbage\n", b"[]\n", b"\xff\n", b'{"op": "nosuch"}\n', b'{"op": "status", "x": 1}\n', b'{"op": []}\n',
 ])
 def test_garbage_is_refused_and_others_are_served(tmp_path: Path, line: bytes) -> None:
-    control = ControlSocket(tmp_path / "c.ctl", Wishes(Limits()), lambda: {"state": "x"}, lambda: None)
+    control = ControlSocket((tmp_path / "c.ctl",), Wishes(Limits()), lambda: {"state": "x"}, lambda: None)
     answers = []
     for sent in (line, b'{"op": "status"}\n'):
         with socket.socket(socket.AF_UNIX) as client:

@@ -88,9 +88,9 @@ def run(rig: Rig, script: Script) -> Run:
 def test_a_gate_alone_is_open() -> None:
     gate = Gate()
     gate.check()
-    assert gate.may(Step.PROMOTED) and not gate.is_open
+    assert gate.may(Step.PROMOTED) and not gate.enter()
     gate.reach(Step.READY)
-    assert gate.is_open
+    assert gate.enter()
     gate.close()
 
 
@@ -98,11 +98,11 @@ def test_nobody_goes_on_before_all_have_come_so_far() -> None:
     group = Group("ab")
     first, second = group.gates["a"], group.gates["b"]
     first.reach(Step.READY)
-    assert not group.allow(Step.CONFIRMED) and not first.is_open
+    assert not group.allow(Step.CONFIRMED) and not first.enter()
     second.reach(Step.READY)
-    assert group.allow(Step.CONFIRMED) and first.is_open and second.is_open
+    assert group.allow(Step.CONFIRMED) and first.enter() and second.enter()
     first.reach(Step.COPYING)
-    assert not group.have(Step.CONFIRMED) and not first.is_open
+    assert not group.have(Step.CONFIRMED) and not first.enter()
     for gate in (first, second):
         gate.close()
 
