@@ -134,7 +134,7 @@ PURE = [
     "writelog.wire", "writelog.plan", "writelog.planner", "writelog.planner_group", "writelog.simulate",
     "writelog.backlog", "writelog.heat", "writelog.pace", "writelog.forecast",
     "writelog.ring", "tapcore.bucket",
-    "writelog.migrate_plan", "writelog.migrate_check",
+    "writelog.migrate_plan", "writelog.migrate_check", "writelog.migrate_memory", "writelog.migrate_twin",
     "writelog.generations", "writelog.sidecar_layout", "writelog.activity",
     "writelog.control", "writelog.dirtymap", "writelog.bitmap", "tapcore.formats.extents",
     "tapcore.formats.tables", "tapcore.formats.qcow2.layout", "tapcore.formats.qcow2.mapping",

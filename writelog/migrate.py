@@ -8,7 +8,6 @@ import sys
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Any
 
 from tapcore.control import find_disk
 from tapcore.errors import ReplicationError, WritelogError
@@ -25,6 +24,8 @@ from writelog.migrate_check import (
 from writelog.migrate_qmp import Monitor, parse_monitor
 from writelog.migrate_report import MigrationReporter
 from writelog.migrate_run import MemoryMove, Migration
+from writelog.migrate_there import Destination
+from writelog.migrate_undo import Settings
 from writelog.plan import Limits
 from writelog.replica import run_command, seconds, some_seconds
 from writelog.sync import floor, rate
@@ -71,8 +72,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--max-pause", type=some_seconds, default=10.0, metavar="S",
                         help="break a switch-over off that takes longer (default: %(default)g s)")
     parser.add_argument("--patience", type=seconds, default=60.0, metavar="S",
-                        help="give up when a disk's predicted pause gets no shorter for so long "
-                             "(default: %(default)g)")
+                        help="give up when a disk's predicted pause gets no shorter for so long, or the memory no "
+                             "nearer to its end (default: %(default)g)")
     parser.add_argument("--rate", type=rate, metavar="RATE",
                         help="send each disk no faster, such as 40M (bytes a second)")
     parser.add_argument("--max-rate", type=rate, metavar="RATE",
@@ -83,7 +84,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
                         help="slow the guest's writes down to this at the least, if a disk would not converge, or "
                              "'off': never, nor its processors (default: half of what is sent)")
     parser.add_argument("--max-time", type=seconds, metavar="S",
-                        help="give up when the disks are not done after so long")
+                        help="give up when the disks are not handed over after so long")
     parser.add_argument("--peer-timeout", type=some_seconds, default=10.0, metavar="S",
                         help="a replica that is silent for so long is gone (default: %(default)g s)")
     parser.add_argument("--overwrite", action="store_true",
@@ -95,6 +96,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
                         help="whose key the replicas must have, as `writelog pair list` shows it (default: HOST, "
                              "or the only one that is known)")
     add_key_options(parser, "--server-key", "the public key of the replicas")
+    parser.add_argument("--tls-creds", metavar="ID",
+                        help="encrypt the memory: the id of a tls-creds object that both QEMUs have")
     parser.add_argument("--insecure-memory", action="store_true",
                         help="send memory without QEMU's tls-creds to another host: anyone on the way can read it")
     parser.add_argument("--json", action="store_true", help="one JSON object a line: states, progress, the report")
@@ -114,23 +117,16 @@ def prepare_memory(options: argparse.Namespace, monitor: Monitor) -> MemoryMove:
                                hint="'migrate_cancel' in QEMU's monitor ends it, and the guest runs on")
     may_throttle = options.throttle_floor != 0
     capabilities = capabilities_to_set(monitor.call("query-migrate-capabilities"), may_throttle)
-    former: dict[str, Any] = monitor.call("query-migrate-parameters")
-    check_memory_uri(options.to, bool(former.get("tls-creds")) or options.insecure_memory)
-    parameters = {"downtime-limit": int(options.downtime * 1000)}
+    parameters: dict[str, int | str] = {"downtime-limit": int(options.downtime * 1000)}
     if options.memory_rate is not None:
         parameters["max-bandwidth"] = int(options.memory_rate)
-    return MemoryMove(options.to, capabilities, parameters, {name: int(former[name]) for name in parameters})
-
-
-def prepare_destination(uri: str, monitor: Monitor) -> None:
-    """Check that the QEMU at the destination waits for a guest; have it listen if it waits for that."""
-    status = monitor.call("query-status")["status"]
-    if status != "inmigrate":
-        raise ReplicationError(f"{monitor.name}: the destination QEMU is {status}: it waits for no guest",
-                               hint="start it with -incoming")
-    answer = monitor.call("query-migrate")
-    if not ("status" in answer or "socket-address" in answer):  # -incoming defer
-        monitor.call("migrate-incoming", uri=uri)
+    if options.tls_creds is not None:
+        parameters["tls-creds"] = options.tls_creds
+    current: dict[str, int | str] = monitor.call("query-migrate-parameters")
+    check_memory_uri(options.to, bool((current | parameters).get("tls-creds")) or options.insecure_memory)
+    return MemoryMove(options.to, Settings(capabilities, parameters),
+                      Settings({name: not state for name, state in capabilities.items()},
+                               {name: current.get(name, "") for name in parameters}))
 
 
 def exports(run_dir: Path, name: str) -> list[str]:
@@ -157,14 +153,15 @@ def run(options: argparse.Namespace) -> int:
             if not options.no_disk_check:
                 check_disks(monitor.call("query-block"), {name: exports(run_dir, name) for name in disks})
             memory_move = prepare_memory(options, monitor)
-            destination = stack.enter_context(closing(Monitor(options.dest_qmp))) if options.dest_qmp else None
-            if destination is not None:
-                prepare_destination(options.to, destination)
+            destination = Destination(
+                stack.enter_context(closing(Monitor(options.dest_qmp))) if options.dest_qmp else None)
+            destination.prepare(options.to, options.tls_creds, monitor)
             was_running = bool(monitor.call("query-status")["running"])
             migration = Migration(monitor, destination, memory_move, run_dir, sources, peers, limits, reporter,
                                   overwrite=options.overwrite, was_running=was_running)
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, migration.interrupt)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if signal.getsignal(number) is not signal.SIG_IGN:  # as by nohup
+                    signal.signal(number, migration.interrupt)
             report = migration.run()
         except WritelogError as error:
             reporter.failed(str(error))

@@ -8,12 +8,10 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any, Final
 
 from tapcore.errors import ReplicationError, UsageError, WritelogError
 from tapcore.nbd.address import NbdAddress, parse_address
-from tapcore.text import size_text
 
 CAPABILITIES: Final = ("events", "pause-before-switchover", "return-path")
 """What QEMU's migration must be able to do. The last: the destination says whether it runs."""
@@ -23,30 +21,6 @@ ENDED_BADLY: Final = frozenset({"failed", "cancelled", "cancelling"})
 STOPPED: Final = "pre-switchover"
 UNDER_WAY: Final = frozenset({"setup", "active", "device", STOPPED, "cancelling", "wait-unplug",
                               "postcopy-active", "postcopy-paused", "postcopy-recover", "colo"})
-
-
-@dataclass(frozen=True)
-class Memory:
-    """What QEMU says of the memory that it copies."""
-
-    sent_bytes: int
-    remaining_bytes: int
-    total_bytes: int
-    rate: float
-    """Bytes a second."""
-
-    def __str__(self) -> str:
-        return (f"sent {size_text(self.sent_bytes)} at {size_text(self.rate)}/s, "
-                f"remaining {size_text(self.remaining_bytes)} of {size_text(self.total_bytes)}")
-
-
-def memory_of(answer: Mapping[str, Any]) -> Memory | None:
-    """Of the answer to query-migrate."""
-    ram = answer.get("ram")
-    if not isinstance(ram, dict):
-        return None
-    return Memory(int(ram.get("transferred", 0)), int(ram.get("remaining", 0)), int(ram.get("total", 0)),
-                  float(ram.get("mbps", 0.0)) * 1e6 / 8)
 
 
 def capabilities_to_set(answer: Iterable[Mapping[str, Any]], may_throttle: bool) -> dict[str, bool]:
@@ -71,8 +45,8 @@ def check_memory_uri(uri: str, may_leave: bool) -> None:
         raise UsageError(f"{uri!r} is no place to migrate to", hint="write it like tcp:192.0.2.7:4444")
     if not may_leave and not NbdAddress(host=host.strip("[]")).loopback:
         raise UsageError(f"{uri} is not on this machine, and without TLS anyone on the way can read and change "
-                         "the guest's memory", hint="set tls-creds with 'migrate-set-parameters' in QEMU's "
-                                                    "monitor, or give --insecure-memory")
+                         "the guest's memory", hint="give both QEMUs a tls-creds object, and its id "
+                                                    "with --tls-creds; or --insecure-memory")
 
 
 def parse_disk(text: str) -> tuple[str, str]:

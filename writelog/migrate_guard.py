@@ -3,24 +3,27 @@
 QEMU stops a guest before the switch-over and waits for its manager, for ever. So this process holds the end of a
 pipe. When the other end closes without a word, nothing has been promoted: disks that were handed over are taken
 back, QEMU's migration is cancelled, and the guest runs on. One byte says that the point of no return is past, and
-another that all is well.
+another that all is well. What it says it says last: whoever killed its parent may have closed their terminal, too.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from tapcore.errors import WritelogError
 from writelog.migrate_check import parse_disks
 from writelog.migrate_plan import fate_here, how_to_go_back
 from writelog.migrate_qmp import Monitor
-from writelog.migrate_undo import cancel_memory, free_disk
+from writelog.migrate_undo import Settings, cancel_memory, free_disk
 
 PROMOTING, DONE = b"P", b"D"
 
@@ -28,9 +31,10 @@ PROMOTING, DONE = b"P", b"D"
 class Guard:
     """The child process, as its parent sees it."""
 
-    def __init__(self, monitor: str, run_dir: Path, disks: Mapping[str, str], was_running: bool) -> None:
+    def __init__(self, monitor: str, run_dir: Path, disks: Mapping[str, str], former: Settings,
+                 was_running: bool) -> None:
         command = [sys.executable, "-m", "writelog.migrate_guard", "--qmp", monitor, "--run-dir", str(run_dir),
-                   *(["--running"] if was_running else []),
+                   "--former", json.dumps(asdict(former)), *(["--running"] if was_running else []),
                    *(f"{name}={endpoint}" for name, endpoint in disks.items())]
         # A session of its own: what interrupts the parent from its terminal must not reach it.
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
@@ -55,7 +59,7 @@ class Guard:
             os.write(self._fd, word)
 
 
-def undo(monitor: str, run_dir: Path, disks: Mapping[str, str], was_running: bool) -> list[str]:
+def undo(monitor: str, run_dir: Path, disks: Mapping[str, str], former: Settings, was_running: bool) -> list[str]:
     """Let the guest run on, as far as possible; what went wrong."""
     problems = []
     for name, endpoint in disks.items():
@@ -67,6 +71,7 @@ def undo(monitor: str, run_dir: Path, disks: Mapping[str, str], was_running: boo
         qemu = Monitor(monitor)
         try:
             cancel_memory(qemu, was_running)
+            former.apply(qemu)
         finally:
             qemu.close()
     except WritelogError as error:
@@ -78,24 +83,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="writelog-migrate-guard", description=__doc__)
     parser.add_argument("--qmp", required=True)
     parser.add_argument("--run-dir", type=Path, required=True)
+    parser.add_argument("--former", required=True)
     parser.add_argument("--running", action="store_true")
     parser.add_argument("disks", nargs="+")
     options = parser.parse_args(arguments)
     disks = parse_disks(options.disks)
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # it ends after its parent, whoever ends a whole service
     said = b""
     while word := os.read(sys.stdin.fileno(), 1):
         said = word
     if said == DONE:
         return 0
-    print("writelog-migrate: it was killed", file=sys.stderr)
     if said == PROMOTING:
-        print(f"writelog-migrate: the disks were handed over: {how_to_go_back(disks, True)}", file=sys.stderr)
-        return 1
-    problems = undo(options.qmp, options.run_dir, disks, options.running)
-    for problem in problems:
-        print(f"writelog-migrate: {problem}", file=sys.stderr)
-    if not problems:
-        print(f"writelog-migrate: the migration was cancelled; {fate_here(options.running)}", file=sys.stderr)
+        report = [f"the disks were handed over: {how_to_go_back(disks, True)}"]
+    else:
+        former = Settings(**json.loads(options.former))
+        report = undo(options.qmp, options.run_dir, disks, former, options.running) or [
+            f"the migration was cancelled; {fate_here(options.running)}"]
+    with contextlib.suppress(OSError):
+        for line in ["it was killed", *report]:
+            print(f"writelog-migrate: {line}", file=sys.stderr)
     return 1
 
 

@@ -82,8 +82,6 @@ def fate_here(was_running: bool) -> str:
 def how_to_go_back(disks: Iterable[str], is_moving: bool) -> str:
     """What an operator does for the guest to run on here, after the point of no return."""
     unpause = " and ".join(f"tap-ctl unpause --force {name}" for name in disks)
-    if is_moving:
-        return ("if the guest runs there, quit QEMU here; if it does not, end QEMU and the replicas there, then "
-                f"here {unpause}, and then 'cont' in QEMU's monitor, which may not answer before")
-    return (f"the guest has not run there: end QEMU and the replicas there, then here {unpause}, and "
-            f"'migrate_cancel' in QEMU's monitor")
+    where = "if the guest runs there, quit QEMU here; if it does not," if is_moving else "the guest ran nowhere:"
+    return (f"{where} end QEMU and the replicas there, then here {unpause}, and then 'migrate_cancel' and 'cont' "
+            "in QEMU's monitor, which may not answer before; or start it again, if it has ended")

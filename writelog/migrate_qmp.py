@@ -19,6 +19,7 @@ T = TypeVar("T")
 
 ANSWER_S: Final = 10.0
 """Longest wait for an answer. QEMU gives it at once, unless it waits for a disk."""
+CLOSE_S: Final = 1.0
 MIN_WAIT_S: Final = 0.0005
 """The library takes events in while it is waited for, no matter how long."""
 ADDRESS_HINT: Final = "write it like unix:/run/vm.qmp or tcp:127.0.0.1:4444"
@@ -52,11 +53,14 @@ class Monitor:
         self.answer_s = ANSWER_S
         logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)  # what it knows is in the exceptions, too
         self._loop = get_or_create_event_loop()
+        self._connect()
+
+    def _connect(self) -> None:
         self._client = QMPClient()
         self._events = EventListener()
         self._client.register_listener(self._events)
         try:
-            self._wait(self._client.connect(parse_monitor(text)), ANSWER_S)
+            self._wait(self._client.connect(parse_monitor(self.name)), ANSWER_S)
         except (QMPError, OSError, EOFError) as error:
             cause = getattr(error, "exc", error)
             raise self._error(f"cannot connect to the monitor: {getattr(cause, 'strerror', None) or cause}",
@@ -68,7 +72,12 @@ class Monitor:
 
     def close(self) -> None:
         with contextlib.suppress(Exception):  # of a connection that is of no use any more
-            self._wait(self._client.disconnect(), ANSWER_S)
+            self._wait(self._client.disconnect(), CLOSE_S)
+
+    def reconnect(self) -> None:
+        """Give the connection up for a new one: what happened in between is told by no event."""
+        self.close()
+        self._connect()
 
     def call(self, command: str, **arguments: object) -> Any:
         """The answer to a command. Refusal if it is an error."""

@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 from tapcore.text import size_text
-from writelog.migrate_check import Memory
+from writelog.migrate_memory import Memory
 from writelog.sync_report import Progress, Report, Reporter
 
 

@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import Any, Final
 
 from tapcore.errors import ReplicationError, WritelogError
-from writelog.migrate_check import ENDED_BADLY, STOPPED, Memory, memory_of
+from writelog.migrate_check import ENDED_BADLY, STOPPED, UNDER_WAY
 from writelog.migrate_guard import Guard
+from writelog.migrate_memory import Memory, Patience, memory_of
 from writelog.migrate_plan import FINAL, NO_RETURN, PAUSED, TABLE, Action, Event, State, fate_here, how_to_go_back
-from writelog.migrate_qmp import Monitor, MonitorError
+from writelog.migrate_qmp import Monitor, MonitorError, Refusal
 from writelog.migrate_report import DiskReporter, MigrationReport, MigrationReporter, downtime_parts
-from writelog.migrate_undo import cancel_memory, reconnected, status_of, stop_guest
+from writelog.migrate_there import Destination
+from writelog.migrate_undo import Settings, cancel_memory, status_of, stop_guest
 from writelog.plan import Limits
 from writelog.sync_gate import Aborted, Gate, Group, Step
 from writelog.sync_link import Peer
@@ -39,6 +41,8 @@ PROMOTE_S: Final = 60.0
 """Longest wait for the promotion of replicas that have confirmed all: their link may have dropped just now."""
 MOVE_S: Final = 120.0
 """Longest wait for the rest of the memory to be sent, and the guest to start."""
+MAX_RECONNECTIONS: Final = 10
+"""To a monitor, in one migration."""
 JOIN_S: Final = 60.0
 """Longest wait for a sync to give up."""
 
@@ -49,13 +53,11 @@ class Fault(Exception):
 
 @dataclass(frozen=True)
 class MemoryMove:
-    """How QEMU is to move the memory: where to, with which capabilities and parameters."""
+    """How QEMU is to move the memory: where to, with what changed for it and changed back if it does not."""
 
     uri: str
-    capabilities: Mapping[str, bool]
-    """Those to be changed."""
-    parameters: Mapping[str, int]
-    former_parameters: Mapping[str, int]
+    settings: Settings
+    former: Settings
 
 
 class DiskSync:
@@ -91,7 +93,7 @@ class DiskSync:
 class Migration:
     """Of one guest. `peers` has the replica of each source."""
 
-    def __init__(self, monitor: Monitor, destination: Monitor | None, memory_move: MemoryMove, run_dir: Path,
+    def __init__(self, monitor: Monitor, destination: Destination, memory_move: MemoryMove, run_dir: Path,
                  sources: Mapping[str, Source], peers: Mapping[str, Peer], limits: Limits,
                  reporter: MigrationReporter, *, overwrite: bool, was_running: bool) -> None:
         self._interrupted = False
@@ -109,11 +111,14 @@ class Migration:
                        for name, source in sources.items()}
         self._guard: Guard | None = None
         self._memory: Memory | None = None
+        self._patience = Patience(limits.patience_s, 0.0)
+        self._has_shut_down = False
         self._asked_s = 0.0
         self._start_s = time.monotonic()
         self._marks: dict[str, float] = {}
         """When the guest was stopped, and when each step after that was done."""
         self._state_s = self._start_s
+        self._reconnections = 0
         self._fault = ""
         self._warning = ""
         self._actions: dict[Action, Callable[[], None]] = {
@@ -135,8 +140,9 @@ class Migration:
                     self._fault = str(fault)
                     self._go_on(Event.FAULT)
                 except MonitorError as error:
-                    self._fault = error.message
-                    self._go_on(Event.FAULT)
+                    if isinstance(error, Refusal) or not self._finds_monitor_again():
+                        self._fault = error.message
+                        self._go_on(Event.FAULT)
             return self._report()
         finally:
             self._group.abort("the migration failed")
@@ -186,8 +192,7 @@ class Migration:
             self._take_events(POLL_S)
             return Event.READY if group.have(Step.READY) else None
         if state is State.MEMORY:
-            self._ask_memory()
-            return Event.STOPPED if self._take_events(POLL_S) == STOPPED else None
+            return Event.STOPPED if STOPPED in (self._take_events(POLL_S), self._ask_memory()) else None
         if state is State.LAST_ROUND:
             for name, disk in self._disks.items():
                 if disk.reporter.current == STALLED:
@@ -203,7 +208,7 @@ class Migration:
             return Event.PROMOTED if self._wait_for(Step.PROMOTED) else None
         if in_state_s > MOVE_S:
             raise Fault(f"QEMU has not sent the rest of the memory in {MOVE_S:g} s")
-        return Event.MOVED if self._take_events(PAUSED_POLL_S) == "completed" or self._has_moved() else None
+        return Event.MOVED if "completed" in (self._take_events(PAUSED_POLL_S), self._ask_memory()) else None
 
     def _laggards(self) -> str:
         waiting = [f"{name} was {disk.reporter.current}" for name, disk in self._disks.items()
@@ -221,6 +226,8 @@ class Migration:
         """The last look at QEMU before the point of no return. False if a sync was the first to give up."""
         if status_of(self._monitor) != STOPPED:
             raise Fault("QEMU does not wait for the disks any more")
+        if complaint := self._destination.complaint(guest_stands=True):
+            raise Fault(complaint)
         assert self._guard is not None
         self._guard.promoting()
         return self._group.allow(Step.PROMOTED)
@@ -237,12 +244,17 @@ class Migration:
             elif name == "MIGRATION":
                 status = str(data.get("status", ""))
             elif name == "SHUTDOWN" and self.state is not State.MOVING:
+                self._has_shut_down = True
                 raise Fault("the guest has shut down")
-            if status in ENDED_BADLY:
-                raise Fault(self._why_ended(status))
+        self._note(status)
+        return status
+
+    def _note(self, status: str) -> None:
+        """Of QEMU's migration, which has told it, or was asked."""
+        if status in ENDED_BADLY:
+            raise Fault(self._why_ended(status))
         if status == STOPPED:
             self._marks.setdefault("begin", time.monotonic())
-        return status
 
     def _why_ended(self, status: str) -> str:
         why = self._monitor.call("query-migrate").get("error-desc")
@@ -250,39 +262,56 @@ class Migration:
             return f"QEMU's migration failed: {why or 'the destination QEMU broke it off'}"
         return "QEMU's migration was cancelled by somebody else"
 
-    def _ask_memory(self) -> None:
+    def _ask_memory(self) -> str:
+        """The status of the migration, if it is time to ask, in case that an event was missed; "" if it is not."""
         now_s = time.monotonic()
         if now_s - self._asked_s < MEMORY_POLL_S:
-            return
+            return ""
         self._asked_s = now_s
         answer: dict[str, Any] = self._monitor.call("query-migrate")
         self._memory = memory_of(answer) or self._memory
-        if answer.get("status") in ENDED_BADLY:
-            raise Fault(self._why_ended(answer["status"]))
+        status = str(answer.get("status", "none"))
+        self._note(status)
+        if self.state is State.MEMORY:
+            if status not in UNDER_WAY:
+                raise Fault(f"QEMU's migration is {status}")
+            if status != STOPPED and (complaint := self._patience.complaint(now_s, self._memory)):
+                raise Fault(complaint)
+        return status
 
-    def _has_moved(self) -> bool:
-        """Asked, in case the event was missed."""
-        now_s = time.monotonic()
-        if now_s - self._asked_s < MEMORY_POLL_S:
+    def _finds_monitor_again(self) -> bool:
+        """Whether QEMU lives, and only the connection to it was lost. What it was told last it may not have
+        heard."""
+        self._reconnections += 1
+        if self._reconnections > MAX_RECONNECTIONS:
             return False
-        self._asked_s = now_s
-        return status_of(self._monitor) == "completed"
+        try:
+            self._monitor.reconnect()
+            self._asked_s = 0.0
+            status = status_of(self._monitor)
+            if self.state is State.MEMORY and status not in UNDER_WAY | ENDED_BADLY:
+                self._begin_memory()
+            elif self.state is State.MOVING and status == STOPPED:
+                with contextlib.suppress(Refusal):  # it has heard it, and is about to
+                    self._monitor.call("migrate-continue", state=STOPPED)
+        except MonitorError:
+            return False
+        return True
 
     # What is done about it
 
     def _copy_memory(self) -> None:
-        monitor, move = self._monitor, self._memory_move
-        self._guard = Guard(monitor.name, self._run_dir,
-                            {name: peer.endpoint for name, peer in self._peers.items()}, self._was_running)
-        self._set(move.capabilities, move.parameters)
-        monitor.call("migrate", uri=move.uri)
+        if complaint := self._destination.complaint():
+            raise Fault(complaint)
+        self._guard = Guard(self._monitor.name, self._run_dir,
+                            {name: peer.endpoint for name, peer in self._peers.items()}, self._memory_move.former,
+                            self._was_running)
+        self._begin_memory()
 
-    def _set(self, capabilities: Mapping[str, bool], parameters: Mapping[str, int]) -> None:
-        if capabilities:
-            self._monitor.call("migrate-set-capabilities", capabilities=[
-                {"capability": name, "state": state} for name, state in capabilities.items()])
-        if parameters:
-            self._monitor.call("migrate-set-parameters", **parameters)
+    def _begin_memory(self) -> None:
+        self._patience = Patience(self._limits.patience_s, time.monotonic())
+        self._memory_move.settings.apply(self._monitor)
+        self._monitor.call("migrate", uri=self._memory_move.uri)
 
     def _continue(self) -> None:
         self._mark("promote")
@@ -290,12 +319,13 @@ class Migration:
 
     def _finish(self) -> None:
         self._mark("move")
-        if self._destination is None or not self._was_running or self._runs_there():
+        if not self._was_running:
             return
         try:
-            self._destination.call("cont")  # it was started with -S
+            if self._destination.start():
+                self._mark("start")
         except MonitorError as error:
-            self._warning = f"it stands still there: {error.message}"
+            self._warning = f"it may stand still there, then its QEMU wants a 'cont': {error.message}"
 
     def _undo(self) -> None:
         """Have the guest run on here."""
@@ -304,50 +334,50 @@ class Migration:
         try:
             self._cancel_memory()
         except WritelogError as error:
-            problems.append(str(error))
+            if not self._has_shut_down:  # and its QEMU with it
+                problems.append(str(error))
         for name, disk in self._disks.items():
             if not disk.join():
                 problems.append(f"the sync of disk {name!r} does not end")
             elif disk.error and not isinstance(disk.error, Aborted) and str(disk.error) not in self._fault:
                 problems.append(str(disk.error))
-        fate = "; ".join(problems) if problems else fate_here(self._was_running)
-        raise ReplicationError(f"{self._fault}; {fate}")
+        fate = "its disks are here" if self._has_shut_down else fate_here(self._was_running)
+        raise ReplicationError(f"{self._fault}; {'; '.join(problems) or fate}")
 
     def _cancel_memory(self) -> None:
         try:
-            cancel_memory(self._monitor, self._was_running)
+            self._undo_memory()
         except MonitorError as error:
-            monitor = reconnected(self._monitor.name)
-            if monitor is None:
+            try:
+                self._monitor.reconnect()
+                self._undo_memory()
+            except MonitorError:
                 raise ReplicationError(
                     f"{error.message}; the disks go on here",
                     hint="if QEMU runs, give it 'migrate_cancel' and 'cont', or the guest stands still") from error
-            self._monitor = monitor
-            cancel_memory(monitor, self._was_running)
-        move = self._memory_move
-        self._set({name: not state for name, state in move.capabilities.items()}, move.former_parameters)
+
+    def _undo_memory(self) -> None:
+        cancel_memory(self._monitor, self._was_running)
+        if self._guard is not None:
+            self._memory_move.former.apply(self._monitor)
 
     def _strand(self) -> None:
-        """After the point of no return: see that it does not run here, and say what is where. If the destination
-        is known to run, then all is well but for what failed."""
+        """After the point of no return: see that it does not run here, and say what is where. If it has arrived at
+        the destination, then all is well but for what failed."""
         was_sent = "promote" in self._marks
         with contextlib.suppress(MonitorError):  # its disks are fenced, whatever it does
             stop_guest(self._monitor)
-        if was_sent and self._runs_there():
+        self._destination.look()
+        if was_sent and self._destination.has_the_guest:
             self._warning = self._fault
-            self._mark("move")
             self.state = State.DONE
+            self._finish()
             return
         promoted = [name for name, gate in self._group.gates.items() if gate.reached is Step.PROMOTED]
+        there = self._destination.told
         raise ReplicationError(
             f"{self._fault}; all disks were handed over, and the replicas of {', '.join(promoted) or 'none'} have "
-            f"said that they are promoted", hint=how_to_go_back(self._peers, was_sent))
-
-    def _runs_there(self) -> bool:
-        try:
-            return self._destination is not None and bool(self._destination.call("query-status")["running"])
-        except MonitorError:
-            return False
+            f"said that they are promoted{there and '; '}{there}", hint=how_to_go_back(self._peers, was_sent))
 
     def _report(self) -> MigrationReport:
         reports: list[Report] = []

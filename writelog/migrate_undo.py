@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from tapcore.control import find_disk
-from tapcore.errors import ControlError, ReplicationError, WritelogError
+from tapcore.errors import ControlError, ReplicationError
 from writelog.migrate_check import UNDER_WAY
 from writelog.migrate_qmp import Monitor
 
@@ -17,6 +19,23 @@ SETTLE_S: Final = 10.0
 STOP_S: Final = 2.0
 """Longest wait for QEMU to start a guest after a failure, and to say that it is stopped."""
 STANDS_STILL: Final = frozenset({"paused", "postmigrate", "finish-migrate"})
+SHUT_DOWN: Final = "shutdown"
+"""A guest that was, in a QEMU that stays."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of QEMU's migration."""
+
+    capabilities: Mapping[str, bool]
+    parameters: Mapping[str, int | str]
+
+    def apply(self, monitor: Monitor) -> None:
+        if self.capabilities:
+            monitor.call("migrate-set-capabilities", capabilities=[
+                {"capability": name, "state": state} for name, state in self.capabilities.items()])
+        if self.parameters:
+            monitor.call("migrate-set-parameters", **self.parameters)
 
 
 def status_of(monitor: Monitor) -> str:
@@ -33,7 +52,7 @@ def cancel_memory(monitor: Monitor, was_running: bool) -> None:
     while True:
         ended = status_of(monitor) not in UNDER_WAY
         status: dict[str, Any] = monitor.call("query-status")
-        if ended and (status["running"] or not was_running):
+        if ended and (status["running"] or not was_running or status["status"] == SHUT_DOWN):
             return
         if ended and status["status"] in STANDS_STILL:
             monitor.call("cont")
@@ -71,14 +90,3 @@ def free_disk(run_dir: Path, name: str, endpoint: str) -> None:
                 raise ControlError(f"disk {name!r} is {info['state']}",
                                    hint=f"tap-ctl unpause {name} lets it go on")
             time.sleep(POLL_S)
-
-
-def reconnected(text: str) -> Monitor | None:
-    """The monitor at `text` again; None if it is not to be had, because its QEMU has ended maybe."""
-    deadline_s = time.monotonic() + SETTLE_S / 5
-    while time.monotonic() < deadline_s:
-        try:
-            return Monitor(text)
-        except WritelogError:
-            time.sleep(POLL_S)
-    return None

@@ -110,14 +110,6 @@ def test_nobody_listens_at_the_replica(disk: Tapdisk, start: Start, capsys: Said
     assert "is writelog-replica running there?" in error and "the guest runs on here" in error
 
 
-def test_a_destination_that_is_told_where_to_listen(disk: Tapdisk, start: Start, tmp_path: Path) -> None:
-    monitor = start("-incoming", "defer")
-    with closing(Monitor(monitor)) as qemu:
-        migrate.prepare_destination(f"unix:{tmp_path}/incoming", qemu)
-        assert (tmp_path / "incoming").is_socket()
-        migrate.prepare_destination(f"unix:{tmp_path}/incoming", qemu)
-
-
 def test_a_monitor_refuses_and_goes_away(start: Start) -> None:
     with closing(Monitor(start())) as qemu:
         with pytest.raises(Refusal, match="QEMU refused cont-again"):

@@ -11,12 +11,10 @@ from tapcore.errors import ReplicationError, UsageError
 from tapcore.nbd.address import NbdAddress
 from writelog.migrate_check import (
     CAPABILITIES,
-    Memory,
     address_of,
     capabilities_to_set,
     check_disks,
     check_memory_uri,
-    memory_of,
     parse_disks,
 )
 from writelog.migrate_qmp import parse_monitor
@@ -117,12 +115,6 @@ def test_memory_leaves_this_machine_with_tls_or_by_force(uri: str) -> None:
 def test_no_place_for_memory(uri: str) -> None:
     with pytest.raises(UsageError, match="no place to migrate to"):
         check_memory_uri(uri, True)
-
-
-def test_figures_of_the_memory() -> None:
-    assert memory_of({}) is None
-    answer = {"ram": {"transferred": 10, "remaining": 20, "total": 30, "mbps": 8.0}}
-    assert memory_of(answer) == Memory(10, 20, 30, 1e6)
 
 
 def test_the_downtime_is_the_sum_of_its_parts() -> None:

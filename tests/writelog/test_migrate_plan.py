@@ -52,4 +52,4 @@ def test_a_fault_is_answered_in_every_state() -> None:
 def test_the_way_back_names_every_disk(is_moving: bool) -> None:
     text = how_to_go_back(["vm1", "vm2"], is_moving)
     assert "tap-ctl unpause --force vm1 and tap-ctl unpause --force vm2" in text
-    assert ("'cont'" in text) == is_moving and ("migrate_cancel" in text) != is_moving
+    assert ("if the guest runs there" in text) == is_moving and "'migrate_cancel' and 'cont'" in text
