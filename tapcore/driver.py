@@ -226,9 +226,11 @@ def find_driver(name: str) -> type[Driver]:
     """The driver called `name`; ChainError lists the known ones."""
     import tapcore.drivers
 
-    tapcore.drivers.load_all()
+    if name not in Driver.registry:
+        tapcore.drivers.load(name)
     try:
         return Driver.registry[name]
     except KeyError:
+        tapcore.drivers.load_all()
         known = ", ".join(sorted(Driver.registry))
         raise ChainError(f"unknown driver {name!r}", hint=f"known drivers: {known}") from None

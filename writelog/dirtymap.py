@@ -125,8 +125,9 @@ class DirtyMap:
         self.leases: dict[int, Lease] = {}
         self._touched: Bitmap | None = None
         self._last_lease_id = 0
-        dirty.bits |= taken.bits
-        taken.bits.setall(0)
+        if taken.bits.any():
+            dirty.bits |= taken.bits
+            taken.bits.setall(0)
 
     def watch(self) -> Bitmap:
         """The chunks that are written to, from the first call on; the caller clears what it has seen."""

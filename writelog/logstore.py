@@ -135,7 +135,8 @@ class LogStore:
     def _start(self, dirty: Bitmap, taken: Bitmap, fresh: bool) -> None:
         """Give the bitmaps their first content, then the header that makes them valid."""
         self._map[: HEADER.size] = bytes(HEADER.size)
-        taken.bits.setall(0)
+        if taken.bits.any():
+            taken.bits.setall(0)
         if not fresh:
             dirty.fill()
         self.generation = new_id()
@@ -181,7 +182,7 @@ class LogStore:
             same = self.generations == record.generations
             self.generations = record.generations if same else record.generations.with_base(0)
         else:
-            if not kept:
+            if not kept and self.map.dirty.bits.any():
                 self.map.dirty.bits.setall(0)
             unusable = found.load(self.map.dirty)
             if record.flags & Flag.OPEN:
@@ -198,12 +199,14 @@ class LogStore:
 
     def _sectors(self) -> Sectors:
         """All that have a bit set."""
-        out = []
-        for number in range(sector_count(self.map.blocks)):
-            first, stop = number * SECTOR_BITS, min((number + 1) * SECTOR_BITS, self.map.blocks)
-            if self.map.dirty.bits.find(1, first, stop) >= 0:
-                bits: bitarray = self.map.dirty.bits[first:stop]
-                out.append((number, bits.tobytes()))
+        out, dirty = [], self.map.dirty.bits
+        at = dirty.find(1)
+        while at >= 0:
+            number = at // SECTOR_BITS
+            stop = min((number + 1) * SECTOR_BITS, self.map.blocks)
+            bits: bitarray = dirty[number * SECTOR_BITS : stop]
+            out.append((number, bits.tobytes()))
+            at = dirty.find(1, stop)
         return out
 
     def start_journal(self, loop: Loop, workers: Workers, lower: Lower) -> Journal | None:

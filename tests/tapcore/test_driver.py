@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import subprocess
+import sys
 
 import pytest
 from support import Manual
@@ -41,6 +43,14 @@ def test_a_name_is_the_registration() -> None:
     assert find_driver("test-halved") is Halved
     assert find_driver("aio").name == "aio"
     assert "" not in Driver.registry and Bare not in Driver.registry.values()
+
+
+def test_a_driver_is_found_without_loading_the_others() -> None:
+    program = ("import sys; from tapcore.driver import find_driver; find_driver('aio'); "
+               "print(*(name for name in sys.modules if name.startswith('tapcore.formats.')))")
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    assert "qcow2" not in found.stdout and "vmdk" not in found.stdout
+    assert find_driver("vhdsync").name == "vhdsync"
 
 
 def test_an_unknown_driver_gets_the_list_of_known_ones() -> None:

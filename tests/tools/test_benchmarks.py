@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,17 @@ import pytest
 from processes import Tapdisk, forget_logs
 from support import need
 
-from tools.benchmarks import chart, disks, report, runs
+from tools.benchmarks import (
+    chart,
+    crowd,
+    disks,
+    growth,
+    logscan,
+    memory,
+    report,
+    runs,
+    start,
+)
 from tools.benchmarks.copiers import Mirror, Nbdcopy, Writelog
 from tools.benchmarks.load import LIGHT, Trace
 from tools.benchmarks.outcome import OURS, Outcome
@@ -53,6 +64,59 @@ def test_a_chart_is_svg_with_a_bar_for_each_ratio(tmp_path: Path) -> None:
     assert all(float(bar.get("width", "-1")) >= 0 for bar in bars)
 
 
+def test_curves_are_svg_with_a_line_for_each_server(tmp_path: Path) -> None:
+    row, *others = [row for row in growth.ROWS if row.of == growth.LAYERS]
+    outcomes = []
+    for point in (row, others[-1]):
+        outcomes.append(Outcome(point.name, point.unit, {OURS: [100.0 * point.at], "peer": [50]}))
+    (series, points), = growth.curves(outcomes).items()
+    assert points == {OURS: [(1, 100), (10, 1000)], "peer": [(1, 50), (10, 50)]}
+    path = tmp_path / "curves.svg"
+    chart.write_curves(path, series, points)
+    assert len(ElementTree.parse(path).getroot().findall(".//{*}polyline")) == 2
+
+
+def short(**others: float) -> argparse.Namespace:
+    return argparse.Namespace(**{"repeat": 1, "seconds": 0.1, "size_mib": 8, "scale": 0.01} | others)
+
+
+@pytest.mark.parametrize("row", start.ROWS, ids=lambda row: row.name)
+def test_a_start_is_measured(row: start.Row, tmp_path: Path) -> None:
+    need("qemu-nbd", "nbdkit", "qemu-storage-daemon")
+    outcome, = start.measure([row], short(), tmp_path)
+    assert len(outcome.figures) >= 2 and all(outcome.median(name) > 0 for name in outcome.figures)
+
+
+def test_memory_of_disks_is_measured(tmp_path: Path) -> None:
+    need("qemu-storage-daemon")
+    row = memory.Row("small", ((1, 1 << 20), (3, 1 << 20)), logged=True)
+    outcome, = memory.measure([row], short(), tmp_path)
+    assert all(outcome.median(name) < 64 for name in outcome.figures)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("of", [growth.SIZE, growth.COPIED, growth.MANY, growth.LAYERS])
+def test_growth_is_measured(of: str, tmp_path: Path) -> None:
+    need("fio", "qemu-storage-daemon", "qemu-nbd")
+    row = next(row for row in growth.ROWS if row.of == of)
+    outcome, = growth.measure([row], short(), tmp_path)
+    assert len(outcome.figures) == 2 and all(outcome.median(name) > 0 for name in outcome.figures)
+    assert not list(tmp_path.iterdir())
+
+
+def test_many_disks_are_copied_at_once(tmp_path: Path) -> None:
+    need("qemu-storage-daemon")
+    names = {outcome.row.partition(": ")[2] for outcome in crowd.measure([crowd.Row(2)], short(), tmp_path)}
+    assert "speed" in names and "failed" not in names
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_log_is_scanned_beside_the_original(tmp_path: Path) -> None:
+    peek, take, clear, longest = logscan.measure([logscan.Row(10_000, size_bytes=16 << 30)], short(), tmp_path)
+    assert all(outcome.median(logscan.ORIGINAL) > 0 for outcome in (peek, take, clear))
+    assert longest.median(OURS) <= peek.median(OURS) + take.median(OURS)
+
+
 def test_disks_are_made_as_they_are_called(tmp_path: Path) -> None:
     path = tmp_path / "disk"
     assert disks.make(path, 20 << 20, "full") == 20 << 20
@@ -69,6 +133,16 @@ def test_a_copy_that_differs_does_not_count(tmp_path: Path) -> None:
     disks.must_be_equal(one, other)
     with other.open("r+b") as file:
         file.write(b"damaged")
+    with pytest.raises(RunFailed, match="differs"):
+        disks.must_be_equal(one, other)
+
+
+def test_holes_are_as_good_as_zeroes_and_a_size_counts(tmp_path: Path) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    one.write_bytes(bytes(3 << 20))
+    disks.make_empty(other, 3 << 20)
+    disks.must_be_equal(one, other)
+    disks.make_empty(other, 4 << 20)
     with pytest.raises(RunFailed, match="differs"):
         disks.must_be_equal(one, other)
 

@@ -11,17 +11,38 @@ import shutil
 import signal
 import sys
 import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, Final
 
-from tools.benchmarks import chart, logscan, migration, nbd, replication, report
+from tools.benchmarks import (
+    chart,
+    crowd,
+    growth,
+    logscan,
+    memory,
+    migration,
+    nbd,
+    replication,
+    report,
+    start,
+)
+from tools.benchmarks.outcome import Outcome
 
-LOG_ROWS = "log: peek, take"
+Measure = Callable[[list[Any], argparse.Namespace, Path], list[Outcome]]
+FAMILIES: Final[Sequence[tuple[Sequence[Any], Measure]]] = (
+    (start.ROWS, start.measure), (memory.ROWS, memory.measure), (replication.ROWS, replication.measure),
+    (crowd.ROWS, crowd.measure), (migration.ROWS, migration.measure), (logscan.ROWS, logscan.measure),
+    (growth.ROWS, growth.measure))
+"""Beside those of `nbd`, which need a second folder: rows that have a name, and what measures some of them in a
+folder that they leave empty."""
 
 EPILOG = """\
 examples:
   tools/bench --quick --rows raw:
   tools/bench --rows qcow2 --repeat 5 --json bench.json
   tools/bench --rows replicate                       4 GiB disks on this machine
+  tools/bench --rows growth --curves docs
   tools/bench --rows migrate --scale 0.25            1 GiB disks over 1 Gbit/s; as root
 """
 
@@ -42,6 +63,7 @@ def parse_arguments() -> argparse.Namespace:
                         help="where images of the direct rows are: on a real disk (default /var/tmp)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file")
     parser.add_argument("--svg", type=Path, metavar="FILE", help="draw the ratios")
+    parser.add_argument("--curves", type=Path, metavar="FOLDER", help="draw the rows of growth, a file each")
     options = parser.parse_args()
     if options.quick:
         options.repeat, options.seconds, options.size_mib, options.scale = 1, 1.0, 256, 0.25
@@ -54,8 +76,7 @@ def main() -> None:
     options = parse_arguments()
     # So that what was started is ended, and what was made is removed.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    names = [row.name for row in nbd.ROWS] + [row.name for row in replication.ROWS]
-    names += [*(row.name for row in migration.ROWS), LOG_ROWS]
+    names = [row.name for row in nbd.ROWS] + [row.name for rows, _ in FAMILIES for row in rows]
     if options.list:
         print("\n".join(names))
         return
@@ -66,20 +87,19 @@ def main() -> None:
                for folder in (options.folder, options.disk_folder)]
     try:
         outcomes = nbd.measure(rows, options, *folders)
-        outcomes += replication.measure([row for row in replication.ROWS if options.rows in row.name], options,
-                                        folders[0])
-        outcomes += migration.measure([row for row in migration.ROWS if options.rows in row.name], options,
-                                      folders[0])
+        for family, measure in FAMILIES:
+            outcomes += measure([row for row in family if options.rows in row.name], options, folders[0])
     finally:
         for folder in folders:
             shutil.rmtree(folder)
-    if options.rows in LOG_ROWS:
-        outcomes += logscan.measure(options.repeat or 3)
     report.show(outcomes)
     if options.json:
         report.write_json(options.json, outcomes)
     if options.svg:
         chart.write(options.svg, outcomes)
+    if options.curves:
+        for series, points in growth.curves(outcomes).items():
+            chart.write_curves(options.curves / f"{series.replace(' ', '-').replace(',', '')}.svg", series, points)
 
 
 if __name__ == "__main__":

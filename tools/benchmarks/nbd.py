@@ -43,7 +43,7 @@ _SHORT = [job for job in _ALL if job[3] == 1]
 _COSTS = [("randwrite", 4096, depth, 1) for depth in (1, 16, 64)]
 ROWS = [Row(subject, *job) for subject, jobs in (
     ("raw", _ALL), ("log's cost", _COSTS), ("side-car's cost", _COSTS), ("direct", _SHORT),
-    ("qcow2", _ALL), ("qcow2, unallocated", _SHORT),
+    ("cold", [job for job in _SHORT if "read" in job[0]]), ("qcow2", _ALL), ("qcow2, unallocated", _SHORT),
     ("qcow2, chain of 10", [job for job in _SHORT if "read" in job[0]])) for job in jobs]
 
 
@@ -51,7 +51,7 @@ def measure(rows: Iterable[Row], options: argparse.Namespace, folder: Path, disk
     """The subjects one after the other: in `folder`, or those that are to be on a real disk in `disk_folder`."""
     outcomes: list[Outcome] = []
     for name, jobs in groupby(rows, lambda row: row.subject):
-        subject = SUBJECTS[name](disk_folder if name == "direct" else folder, options.size_mib << 20)
+        subject = SUBJECTS[name](disk_folder if name in ("direct", "cold") else folder, options.size_mib << 20)
         outcomes += _measure_subject(subject, list(jobs), options)
         subject.remove()
     return outcomes
@@ -71,6 +71,7 @@ def _measure_subject(subject: Subject, rows: list[Row], options: argparse.Namesp
                     subject.prepare()
                 with running(name, command, subject.folder) as uri:
                     for row in group:
+                        subject.before_job()
                         figure = fio(row, uri, options.seconds, subject)
                         outcomes[row.name].add(name, figure)
                         print(f"  {row.name:40} {name:12} {figure:12,.0f} {row.unit}", file=sys.stderr)
@@ -82,14 +83,18 @@ def fio(row: Row, uri: str, seconds: float, subject: Subject) -> float:
     the disk's end, if that comes sooner."""
     command = ["fio", "--name=bench", "--ioengine=nbd", f"--uri={uri}", f"--rw={row.kind}",
                f"--bs={row.block_bytes}", f"--iodepth={row.depth}", f"--numjobs={row.connections}",
-               "--group_reporting", f"--runtime={seconds}", f"--size={subject.size_bytes}", "--randrepeat=0",
-               "--output-format=json"]
+               "--group_reporting", f"--runtime={seconds * 1000:.0f}ms", f"--size={subject.size_bytes}",
+               "--randrepeat=0", "--output-format=json"]
     command += ["--ramp_time=0"] if subject.fresh and "write" in row.kind else ["--ramp_time=0.5", "--time_based"]
     outcome = subprocess.run(command, capture_output=True, check=True, timeout=seconds + 60)
     # fio puts its warnings in front of the JSON.
     job = json.loads(outcome.stdout[outcome.stdout.index(b"{") :])["jobs"][0]
     side = job["read" if "read" in row.kind else "write"]
     return float(side["iops"]) if row.unit == "IOPS" else side["bw_bytes"] / 1e6
+
+
+def uri_at(socket: Path, export: str) -> str:
+    return f"nbd+unix:///{export}?socket={socket}"
 
 
 def check_data(name: str, uri: str) -> None:

@@ -43,10 +43,19 @@ class Watched:
         """Also of one that has ended but was not waited for."""
         pid = self._process.pid
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                self._peak_bytes = max(self._peak_bytes, int(line.split()[1]) << 10)
+        self._peak_bytes = max(self._peak_bytes, self._status_bytes("VmHWM"))
         return Usage((int(fields[11]) + int(fields[12])) / TICKS, self._peak_bytes)
+
+    def resident_bytes(self) -> int:
+        """What it has in memory now."""
+        return self._status_bytes("VmRSS")
+
+    def _status_bytes(self, name: str) -> int:
+        """0 of a process that has ended."""
+        for line in Path(f"/proc/{self._process.pid}/status").read_text().splitlines():
+            if line.startswith(f"{name}:"):
+                return int(line.split()[1]) << 10
+        return 0
 
     def has_ended(self) -> bool:
         flags = os.WEXITED | os.WNOHANG | os.WNOWAIT

@@ -30,13 +30,13 @@ class Qmp:
         self._file.close()
         self._socket.close()
 
-    def call(self, name: str, **arguments: Any) -> Any:
+    def call(self, command: str, /, **arguments: Any) -> Any:
         """What a command returns; RunFailed if it fails."""
-        self._socket.sendall(json.dumps({"execute": name, "arguments": arguments}).encode())
+        self._socket.sendall(json.dumps({"execute": command, "arguments": arguments}).encode())
         while True:
             message = self._receive()
             if "error" in message:
-                raise RunFailed(f"QEMU: {name}: {message['error']['desc']}")
+                raise RunFailed(f"QEMU: {command}: {message['error']['desc']}")
             if "return" in message:
                 return message["return"]
             self._events.append(message)

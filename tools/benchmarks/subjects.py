@@ -14,7 +14,7 @@ from tools.benchmarks.servers import LOG_NAME, Command, nbdkit, qemu_nbd, tapdis
 
 CHAIN_DEPTH: Final = 10
 CHAIN_STRIPE_BYTES: Final = 1 << 20
-"""Each image of a chain holds every CHAIN_DEPTH-th stripe of the disk."""
+"""Of a disk, by turns in each image of a chain."""
 
 
 class Subject(ABC):
@@ -36,6 +36,9 @@ class Subject(ABC):
     @abstractmethod
     def servers(self) -> Mapping[str, Command]:
         """By name, ours first."""
+
+    def before_job(self) -> None:  # noqa: B027
+        """What is to be done before each measurement, if anything is."""
 
     def remove(self) -> None:
         for path in self.folder.iterdir():
@@ -85,6 +88,20 @@ class Direct(Raw):
                 "qemu-nbd": qemu_nbd(self.image, "raw", "--cache=none", "--aio=io_uring")}
 
 
+class Cold(Raw):
+    """A raw file on a real disk, of which nothing is in the page cache at first."""
+
+    name = "cold"
+
+    def before_job(self) -> None:
+        fd = os.open(self.image, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(fd)
+
+
 class Qcow2(Subject):
     """A qcow2 image all of whose clusters are allocated, as qemu-img makes it."""
 
@@ -112,17 +129,21 @@ class EmptyQcow2(Qcow2):
 
 
 class DeepQcow2(Qcow2):
-    """Ten qcow2 images on top of each other, each with a tenth of the disk, in stripes."""
+    """qcow2 images on top of each other, ten if not told otherwise, each with its part of the disk, in stripes."""
 
     name = f"qcow2, chain of {CHAIN_DEPTH}"
 
+    def __init__(self, folder: Path, size_bytes: int, layers: int = CHAIN_DEPTH) -> None:
+        super().__init__(folder, size_bytes)
+        self._layers = layers
+
     def prepare(self) -> None:
         below: Path | None = None
-        for number in range(CHAIN_DEPTH):
-            path = self.image if number == CHAIN_DEPTH - 1 else self.folder / f"layer{number}.qcow2"
+        for number in range(self._layers):
+            path = self.image if number == self._layers - 1 else self.folder / f"layer{number}.qcow2"
             backing = ["-b", below, "-F", "qcow2"] if below else []
             qemu_img("create", "-f", "qcow2", *backing, path, self.size_bytes)
-            stripes = range(number * CHAIN_STRIPE_BYTES, self.size_bytes, CHAIN_DEPTH * CHAIN_STRIPE_BYTES)
+            stripes = range(number * CHAIN_STRIPE_BYTES, self.size_bytes, self._layers * CHAIN_STRIPE_BYTES)
             commands: list[str] = []
             for at in stripes:
                 length = min(CHAIN_STRIPE_BYTES, self.size_bytes - at)
@@ -133,7 +154,7 @@ class DeepQcow2(Qcow2):
 
 
 SUBJECTS: Final[dict[str, Callable[[Path, int], Subject]]] = {
-    kind.name: kind for kind in (Raw, Unlogged, Unrecorded, Direct, Qcow2, EmptyQcow2, DeepQcow2)}
+    kind.name: kind for kind in (Raw, Unlogged, Unrecorded, Direct, Cold, Qcow2, EmptyQcow2, DeepQcow2)}
 
 
 def write_noise(path: Path, size_bytes: int) -> None:
