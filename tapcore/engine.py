@@ -26,7 +26,7 @@ from tapcore.map_reader import MapReader
 from tapcore.namelock import lock_name, unlock_name
 from tapcore.nbd.address import parse_address
 from tapcore.nbd.server import NbdServer
-from tapcore.pausing import Pausing, held
+from tapcore.pausing import Pausing, being_handed_over, held
 from tapcore.vbd import Vbd
 from writelog.logstore import forget
 
@@ -132,8 +132,10 @@ class Engine:
 
     def close(self, disk: Disk, done: Callable[[ControlError | None], None], *, forget_logs: bool = False) -> None:
         """Drain a disk, drop its clients, close it, then `done(error)`. With `forget_logs` the bitmaps of its logs
-        are removed. ControlError, with nothing done, while its chain is being replaced."""
+        are removed. ControlError, with nothing done, while its chain is being replaced, or it is handed over."""
         vbd = disk.vbd
+        if disk.handing_over:
+            raise being_handed_over(disk)
 
         def drained() -> None:
             # The replies of what just ended are sent at the end of this turn, before the clients are dropped.
@@ -230,6 +232,8 @@ class Engine:
             "waiting": vbd.waiting,
             "pinned": disk.pinned,
             "holder": disk.holder.peer if disk.holder else None,
+            "handing_over": disk.handing_over,
+            "image": disk.image,
             "job": disk.job.kind if disk.job is not None and disk.is_busy else None,
             "write_limit": vbd.throttle.rate if vbd.throttle is not None else None,
             "nbd": list(disk.server.addresses),

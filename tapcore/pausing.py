@@ -3,6 +3,7 @@
 Who wants a disk paused, and what follows:
 
     pinned    a plain `pause`, or a hand-over     until `unpause`
+    handed    `handover`, while it is recorded    until that is done, or has failed
     holder    the connection of `pause` + hold    until its `unpause` or `handover`, it ends, or its time is over
     closing   `close` or a shutdown               it does not run again
 
@@ -102,7 +103,7 @@ class Pausing:
         force = call.params.get("force", False)
         own = disk.holder is call.connection and not force
         if disk.handing_over:
-            raise _being_handed_over(disk)
+            raise being_handed_over(disk)
         if vbd.fenced and not force:
             raise _fenced(disk)
         if disk.holder is not None and not own and not force:
@@ -165,7 +166,9 @@ class Pausing:
 
     def settle(self, disk: Disk) -> None:
         """Let a disk go on that nobody wants paused any more."""
-        if disk.pinned or disk.holder is not None or disk.closing or disk.vbd.state == RUNNING:
+        if disk.pinned or disk.handing_over or disk.holder is not None or disk.closing:
+            return
+        if disk.vbd.state == RUNNING:
             return
         if disk.is_busy and disk.vbd.state == REPLACING:
             return  # the job comes here when it is through with the chain
@@ -209,7 +212,7 @@ class Pausing:
         vbd = disk.vbd
         _check_not_overdue(disk, call.connection)
         if disk.handing_over:
-            raise _being_handed_over(disk)
+            raise being_handed_over(disk)
         if disk.forcing:
             raise ControlError(f"disk {disk.name!r} is being forced to go on here", errno=errno.EBUSY)
         if disk.holder is not call.connection or vbd.state != PAUSED:
@@ -217,18 +220,18 @@ class Pausing:
                                hint="pause it with hold first")
         if vbd.fenced:
             raise ControlError(f"disk {disk.name!r} was {vbd.fenced} already", errno=errno.EPERM)
-        why, image, was_pinned = f"handed over to {call.params['to']}", disk.image, disk.pinned
-        disk.handing_over = disk.pinned = True
+        why, image = f"handed over to {call.params['to']}", disk.image
+        disk.handing_over = True
 
         def recorded(error: WritelogError | None) -> None:
             disk.handing_over = False
             if error is not None:
-                disk.pinned = was_pinned
                 call.fail(error)
                 self.settle(disk)
                 return
             disk.let_go()
             disk.overdue = None
+            disk.pinned = True
             vbd.fence(why)
             logger.warning("%s: %s", disk.name, why)
             self._tell_logs(disk, Log.complete, lambda: call.finish({"fenced": why}))
@@ -294,7 +297,7 @@ def _fenced(disk: Disk) -> ControlError:
                              f"with tap-ctl unpause --force {disk.name}")
 
 
-def _being_handed_over(disk: Disk) -> ControlError:
+def being_handed_over(disk: Disk) -> ControlError:
     return ControlError(f"disk {disk.name!r} is being handed over", errno=errno.EBUSY)
 
 

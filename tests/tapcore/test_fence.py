@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import errno
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from processes import Tapdisk, forget_logs, read_line
+from processes import Tapdisk, forget_logs
 from support import LoopThread
 from sync_rig import SIZE_BYTES, Rig
 
@@ -149,6 +147,62 @@ def test_no_hand_over_while_the_disk_is_forced_to_go_on(
     thread.stop()
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_while_a_hand_over_is_recorded(
+    env: Env, image: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    """It is told, and whoever pauses the disk meanwhile has it paused, also when the hand-over has failed."""
+    engine = Engine(env)
+    path = engine.listen()
+    engine.open(f"aio:{image}", "disk")
+    thread = LoopThread(env)
+    asked, may_end = threading.Event(), threading.Event()
+    write = fence.write
+
+    def write_late(image: str, why: str) -> None:
+        asked.set()
+        assert may_end.wait(TIMEOUT_S)
+        if fails:
+            raise ImageError("no room", errno=errno.ENOSPC)
+        write(image, why)
+
+    monkeypatch.setattr(fence, "write", write_late)
+    outcome: list[object] = []
+
+    def hand_over() -> None:
+        try:
+            outcome.append(holder.call("handover", disk="disk", to="tcp://b")["fenced"])
+        except ControlError as error:
+            outcome.append(error.errno)
+
+    with ControlClient(path, TIMEOUT_S) as holder, ControlClient(path, TIMEOUT_S) as operator:
+        holder.call("pause", disk="disk", hold=True)
+        assert operator.call("info", disk="disk")["handing_over"] is False
+        handing_over = threading.Thread(target=hand_over)
+        handing_over.start()
+        assert asked.wait(TIMEOUT_S)
+        try:
+            info = operator.call("info", disk="disk")
+            assert (info["handing_over"], info["fenced"], info["image"]) == (True, None, str(image))
+            operator.call("pause", disk="disk")
+            for op in ("unpause", "close"):
+                with pytest.raises(ControlError, match=r"held by|being handed over"):
+                    operator.call(op, disk="disk")
+        finally:
+            may_end.set()
+            handing_over.join(TIMEOUT_S)
+        assert outcome == [errno.ENOSPC if fails else "handed over to tcp://b"]
+        info = operator.call("info", disk="disk")
+        assert (info["handing_over"], info["pinned"], info["state"]) == (False, True, "paused")
+        if fails:
+            holder.call("unpause", disk="disk")
+            assert operator.call("info", disk="disk")["state"] == "paused"
+            assert operator.call("unpause", disk="disk") == {"state": "running"}
+    with ControlClient(path, TIMEOUT_S) as control:
+        control.call("shutdown")
+    thread.stop()
+
+
 # Processes
 
 
@@ -159,19 +213,10 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Tapdisk]]:
     run_dir.mkdir(mode=0o700)
     started: list[Tapdisk] = []
 
-    class WithPrelude(Tapdisk):
-        def __init__(self, chain: str, prelude: str) -> None:
-            self.chain, self.run_dir, self.name = chain, run_dir, "disk"
-            script = ("import os, signal, sys\nfrom tapcore import durablefile, fence, tapdisk\n"
-                      "def die(*_): os.kill(os.getpid(), signal.SIGKILL)\n"
-                      f"{prelude}\nsys.exit(tapdisk.main(sys.argv[1:]))\n")
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", script, "--run-dir", str(run_dir), "--name", "disk", chain],
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-            self.uri = read_line(self.process).split()[-1]
-
     def run(chain: str, prelude: str = "") -> Tapdisk:
-        started.append(WithPrelude(chain, prelude))
+        common = ("import os, signal\nfrom tapcore import durablefile, fence\n"
+                  "def die(*_): os.kill(os.getpid(), signal.SIGKILL)\n")
+        started.append(Tapdisk(run_dir, chain, "--name", "disk", prelude=common + prelude))
         return started[-1]
 
     yield run
