@@ -275,6 +275,11 @@ class ControlClient:
         """A disk that is held over this connection goes on."""
         self._socket.close()
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether it has been, or a call was left without an answer."""
+        return self._socket.fileno() < 0
+
     def __enter__(self) -> ControlClient:
         return self
 

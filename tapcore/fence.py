@@ -14,7 +14,7 @@ import contextlib
 from typing import Final
 
 from tapcore.beside import beside
-from tapcore.durablefile import remove_file, replace_file
+from tapcore.durablefile import remove_file, replace_file, sync_folder
 from tapcore.errors import ImageError, image_error
 
 SUFFIX: Final = ".fenced"
@@ -54,6 +54,18 @@ def write(image: str, why: str) -> None:
             raise failure from error
         failure.hint = "it may be there all the same: remove it unless the disk is to stay fenced"
         raise failure from error
+
+
+def keep(image: str) -> str | None:
+    """As `read`, and a fence that is there is durable afterwards, whoever wrote it. ImageError if it is not."""
+    why = read(image)
+    if why is not None:
+        path = beside(image, SUFFIX)
+        try:
+            sync_folder(path.parent)
+        except OSError as error:
+            raise image_error(error, str(path), "make the fence durable") from error
+    return why
 
 
 def clear(image: str) -> None:

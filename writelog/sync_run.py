@@ -64,6 +64,8 @@ class Sync:
         """Of the copy that is being made; 0 before it is known."""
         self._is_begun = False
         """Whether the copier knows what the replica lacks."""
+        self._has_begun = False
+        """Whether it ever did."""
         self._is_welcome = False
         self._compress = compress
         self._shared = shared or Shared(limits, (source.name,))
@@ -137,12 +139,8 @@ class Sync:
         try:
             self._connect()
             return self._converge_and_switch()
-        except LinkLost as lost:
-            self._after_loss(lost)
-        except (LogError, ControlError) as error:
-            if error.errno not in DISK_GONE or not self._is_begun or self._source.handed_over:
-                raise
-            self._wait_for_disk(error)
+        except (LinkLost, LogError, ControlError) as error:
+            self._mend(error)
         return None
 
     def _finish(self) -> None:
@@ -175,7 +173,7 @@ class Sync:
             link.send(Base(self._base))
         elif not self._is_begun:
             self._source.adopt(base)
-            self._base, self._is_begun = base, True
+            self._base, self._is_begun, self._has_begun = base, True, True
             self._report.resumed |= self._report.connections == 1
             self._copier.begin(False)
         self._pipeline.reset(link, welcome.credit_bytes)
@@ -184,8 +182,21 @@ class Sync:
         """The replica does not hold this copy: the whole disk is to be sent."""
         if self._source.handed_over:
             raise ReplicationError("the replica was started anew and knows nothing of this copy")
-        self._base, self._is_begun = self._source.fill(), True
+        self._base, self._is_begun, self._has_begun = self._source.fill(), True, True
         self._copier.begin(True)
+
+    def _mend(self, error: LinkLost | WritelogError) -> None:
+        """Make good for a link that was lost, or a tapdisk, or both at once. WritelogError if it is something
+        else, or there was no sync yet."""
+        if isinstance(error, LinkLost):
+            try:
+                self._after_loss(error)
+                return
+            except (LogError, ControlError) as also:
+                error = also
+        if error.errno not in DISK_GONE or not self._has_begun or self._source.handed_over:
+            raise error
+        self._wait_for_disk(error)
 
     def _after_loss(self, lost: LinkLost) -> None:
         """Make good for a connection that dropped; ReplicationError if it never was one."""
@@ -218,9 +229,8 @@ class Sync:
     def _wait_for_disk(self, error: WritelogError) -> None:
         """The tapdisk is gone, and with it its guest: wait until the disk is served again. Its log knows
         what the replica lacks, or has forgotten, and then it all begins anew."""
-        self._switch_over.watch = None
         self._source.paused = False
-        self._gate.reach(Step.COPYING)
+        self._switch_over.break_off()
         self._planner.start_over()
         self._talk.hang_up()
         self._is_welcome = self._is_begun = False
@@ -237,7 +247,7 @@ class Sync:
         self._use(Copier(source, self._wishes.limits, self._compress, self._shared))
         self._talk.copier = self._copier
         self._pipeline.go_on_counting(former)
-        if source.base() != self._base:
+        if source.first_base != self._base:
             # What the replica holds is this sync's own copy: it may be replaced by a new one.
             self._base, self._overwrite = 0, True
 

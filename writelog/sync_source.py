@@ -17,11 +17,12 @@ from typing import Any, Final, TypeVar
 from bitarray import bitarray
 
 from tapcore.control import MAX_TIME_S, ControlClient, find_disk
-from tapcore.errors import LogError, ReplicationError, UsageError, WritelogError
+from tapcore.errors import ControlError, LogError, ReplicationError, UsageError, WritelogError
 from tapcore.request import OP_NAMES, STATUS_ZERO, WRITE
 from writelog.backlog import chunk_runs
 from writelog.client import LogClient, Taken
 from writelog.sync_control import control_path
+from writelog.sync_outcome import Served
 from writelog.sync_pipeline import Portion, split
 from writelog.wire import VERIFY_CHUNK_BYTES, ContentDigest
 
@@ -33,13 +34,15 @@ MAP_MAX_BYTES: Final = 1 << 30
 """Asked of one call."""
 HOLDER_S, HOLDER_POLL_S = 2.0, 0.02
 """How long, and how often, to ask for a log that is held: by the connection of a sync that was killed, maybe."""
+HAND_OVER_S: Final = 5.0
+"""How long to wait for the answer to a hand-over before it is asked for."""
 HOLD_MARGIN_S: Final = 5.0
 """What a hold lasts beyond the pause that is meant: then the tapdisk takes this process for stopped."""
 
 
 class Source:
-    """The disk `name` and its log `log_name` (may be left out if there is one). UsageError if there is no such
-    disk or log, ReplicationError if another sync has the log."""
+    """The disk `name` and its log `log_name` (may be left out if there is one); `first_base` is what copy the log
+    counted for. UsageError if there is no such disk or log, ReplicationError if another sync has the log."""
 
     def __init__(self, run_dir: Path, name: str, log_name: str | None = None) -> None:
         self.name = name
@@ -52,9 +55,11 @@ class Source:
         self._leases: set[int] = set()
         self._control: ControlClient = find_disk(run_dir, name)
         self._log: LogClient | None = None
+        self._served: Served | None = None
         self._lock_fd = -1
         try:
             info = self._control.call("info", disk=name)
+            self._served = Served(run_dir, info)
             if info["fenced"]:
                 raise ReplicationError(f"disk {name!r} was {info['fenced']}", errno=errno.EPERM,
                                        hint="its copy is complete: use that; or, if that host is lost, go on here "
@@ -63,6 +68,7 @@ class Source:
             self._socket = self._find_log(info["logs"], log_name)
             self._lock()
             self._log = LogClient(self._socket)
+            self.first_base = self.base()
             if self._log.size_bytes != self.size_bytes:
                 raise ReplicationError(f"disk {name!r} has {self.size_bytes} bytes, but its write log covers "
                                        f"{self._log.size_bytes}")
@@ -129,6 +135,8 @@ class Source:
         if self._log is not None:
             self._log.close()
         self._control.close()
+        if self._served is not None:
+            self._served.close()
         if self._lock_fd >= 0:
             with contextlib.suppress(OSError):
                 self._lock_path.unlink()
@@ -276,33 +284,35 @@ class Source:
             self._control.call("unpause", disk=self.name)
             self.paused = False
 
-    def hand_over(self, to: str) -> None:
-        """Make the pause permanent: from now on the replica is the primary. If the answer is lost, the tapdisk is
-        asked what became of it; ReplicationError if it cannot be told."""
+    def hand_over(self, to: str, meanwhile: Callable[[], None]) -> None:
+        """Make the pause permanent: from now on the replica is the primary. If the answer is lost, what became of
+        it is found out, and `meanwhile()` called. ReplicationError if the disk was not handed over, or that cannot
+        be told; ControlError if the tapdisk ended before."""
+        assert self._served is not None
+        self._control.timeout_s = HAND_OVER_S
         try:
             self._control.call("handover", disk=self.name, to=to)
         except WritelogError as error:
-            if not self._was_handed_over(to):
-                raise ReplicationError(f"the primary could not be handed over: {error.message}",
-                                       errno=error.errno, hint=error.hint) from error
+            if self._control.is_closed:
+                self.paused = False  # this process holds it no more
+                if self._served.was_handed_over(to, meanwhile):
+                    self.handed_over = True
+                    return
+                if self._served.has_ended:
+                    raise ControlError("the tapdisk ended before the disk was handed over",
+                                       errno=errno.ECONNRESET) from error
+            raise ReplicationError(f"the primary could not be handed over: {error.message}",
+                                   errno=error.errno, hint=error.hint) from error
         self.handed_over = True
 
     def take_back(self, reason: WritelogError) -> None:
         """Undo a hand-over of which the replica was not told, because of `reason`: the guest goes on here.
         ReplicationError, with the reason, if it does not."""
         try:
-            self._control.call("unpause", disk=self.name, force=True)
+            with find_disk(self._run_dir, self.name) as control:  # the former connection is gone, perhaps
+                control.call("unpause", disk=self.name, force=True)
         except WritelogError as error:
             raise ReplicationError(f"{reason.message}; disk {self.name!r} stays paused: {error.message}",
                                    errno=error.errno, hint="its replica was not promoted: tap-ctl unpause --force "
                                                            f"{self.name} lets the guest go on") from reason
         self.handed_over = self.paused = False
-
-    def _was_handed_over(self, to: str) -> bool:
-        with contextlib.suppress(WritelogError):
-            control = find_disk(self._run_dir, self.name)
-            try:
-                return to in str(control.call("info", disk=self.name).get("fenced") or "")
-            finally:
-                control.close()
-        return False

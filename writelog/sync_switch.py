@@ -66,7 +66,7 @@ class SwitchOver:
                 self._talk.answer(Released)
             self._gate.reach(Step.PROMOTED)
         else:
-            source.hand_over(self._talk.peer.endpoint)
+            self._hand_over()
             watch.lap("hand over")
             self._promote()
             watch.lap("promote")
@@ -137,6 +137,20 @@ class SwitchOver:
             raise ReplicationError("the replica's disk differs from the primary's",
                                    hint="does another process write to one of the images? then run the sync again")
         self._report.verified = True
+
+    def _hand_over(self) -> None:
+        """As `Source.hand_over`. Who wants it broken off waits until it is known what is to be taken back."""
+        reasons: list[BrokenOff] = []
+
+        def wait() -> None:
+            try:
+                self._talk.guard()
+            except BrokenOff as reason:
+                reasons.append(reason)
+
+        self._talk.copier.source.hand_over(self._talk.peer.endpoint, wait)
+        if reasons:
+            raise reasons[0]
 
     def _promote(self) -> None:
         self._gate.reach(Step.HANDED_OVER)

@@ -56,7 +56,7 @@ class Talk:
         link = self._link = Link(self._context, self.peer)
         self._replies.clear()
         self._poller = zmq.Poller()
-        for pollable in (link.socket, link.monitor, self.copier.source.log.fileno(), self._gate):
+        for pollable in (link.socket, link.monitor, self.copier.source.log, self._gate):
             self._poller.register(pollable, zmq.POLLIN)
         return link
 
@@ -96,7 +96,10 @@ class Talk:
         """Those of the log."""
         source = self.copier.source
         if source.handed_over:
-            return  # the log has done its part: the replica must be promoted even if the tapdisk ends now
+            # The log has done its part: the replica must be promoted even if the tapdisk ends now.
+            if source.log in self._poller:
+                self._poller.unregister(source.log)
+            return
         for response in source.log.responses():
             self.copier.pipeline.on_read(response)
 

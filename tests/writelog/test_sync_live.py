@@ -28,6 +28,21 @@ SLOW = "delay:write=500|"
 """Below a replica: the first pass takes 1 s, as 16 MiB are applied at once."""
 
 
+DISK_LOST_TOO = """
+import os, select
+from writelog import sync_run
+after_loss = sync_run.Sync._after_loss
+def disk_lost_too(self, lost):
+    fd = os.pidfd_open({0})
+    os.kill({0}, 9)
+    select.select([fd], [], [])
+    sync_run.Sync._after_loss = after_loss
+    after_loss(self, lost)
+sync_run.Sync._after_loss = disk_lost_too
+"""
+"""A sync that finds its link lost has its tapdisk killed, too, before it does anything about it."""
+
+
 class Guest:
     """Writes here and there until the disk does not answer any more."""
 
@@ -78,8 +93,12 @@ class Guest:
 class Command:
     """A process of this project."""
 
-    def __init__(self, module: str, *arguments: str) -> None:
-        self.process = subprocess.Popen([sys.executable, "-m", module, *arguments],
+    def __init__(self, module: str, *arguments: str, prelude: str = "") -> None:
+        """`prelude` is Python that is run in it first."""
+        program = ["-m", module]
+        if prelude:
+            program = ["-c", f"{prelude}\nimport sys\nfrom {module} import main\nsys.exit(main())"]
+        self.process = subprocess.Popen([sys.executable, *program, *arguments],
                                         stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
     def event(self, match: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
@@ -126,10 +145,10 @@ class Pair:
         self.endpoint = read_line(command.process).split()[-1]
         return command
 
-    def sync(self, *options: str) -> Command:
+    def sync(self, *options: str, prelude: str = "") -> Command:
         command = Command("writelog.sync", "--insecure-loopback-only",
                           "--run-dir", str(self.tapdisk.run_dir), "--json", *options, "vm1",
-                          self.endpoint)
+                          self.endpoint, prelude=prelude)
         self.commands.append(command)
         return command
 
@@ -231,6 +250,53 @@ def test_what_was_killed_goes_on_where_it_was(pair: Pair, killed: str) -> None:
     assert report["resumed"] == (killed != "replica")
     assert report["connections"] == (2 if killed == "replica" else 1)
     assert pair.base() == base
+
+
+@pytest.mark.parametrize("order", ["at once", "one by one", "tapdisk again"])
+def test_a_tapdisk_and_the_link_are_lost(pair: Pair, order: str) -> None:
+    """The sync waits for the disk, then for the replica, and goes on where it was."""
+    replica = pair.replica()
+    sync = pair.sync("--rate", "20M", "--peer-timeout", "1", "--verify", "--keep-running",
+                     prelude=DISK_LOST_TOO.format(pair.tapdisk.process.pid) if order == "at once" else "")
+    sync.event(lambda event: event.get("sent_bytes", 0) > SIZE_BYTES // 4)
+    base = pair.base()
+    replica.kill()
+    if order != "at once":
+        sync.event(lambda event: "next try" in event.get("detail", ""))
+        pair.tapdisk.process.kill()
+    pair.tapdisk.process.communicate(timeout=WAIT_S)
+    pair.guest.stop()
+    if order == "tapdisk again":
+        sync.event(lambda event: "not served any more" in event.get("detail", ""))
+        pair.serve()
+        sync.event(lambda event: "nobody answers there" in event.get("detail", ""))
+        pair.tapdisk.kill()
+        pair.guest.stop()
+    pair.replica()
+    sync.event(lambda event: "not served any more" in event.get("detail", ""))
+    pair.serve()
+    code, out, err = sync.end()
+    assert code == 0, err
+    report = json.loads(out.splitlines()[-1])
+    assert report["verified"]
+    assert pair.base() == base
+    assert pair.guest.wrote_more()
+
+
+def test_a_tapdisk_killed_in_the_pause_is_not_waited_for_in_one(pair: Pair) -> None:
+    """When it is back, the sync copies while the guest writes, before it pauses again."""
+    pair.replica("delay:flush=1000|")
+    sync = pair.sync("--downtime", "30", "--keep-running")
+    sync.event(lambda event: event["state"] == "switching")
+    pair.tapdisk.kill()
+    sync.event(lambda event: "not served any more" in event.get("detail", ""))
+    pair.guest.stop()
+    pair.serve()
+    event = sync.event(lambda event: event["state"] != "stalled")
+    assert event["state"] == "syncing"
+    code, _, err = sync.end()
+    assert code == 0, err
+    assert pair.guest.wrote_more()
 
 
 def test_a_copy_that_was_kept_gets_what_has_changed(pair: Pair) -> None:
