@@ -23,6 +23,7 @@ from tapcore.nbd.client import NbdClient
 from tapcore.vbd import Vbd
 from writelog import sync, wire
 from writelog.client import LogClient
+from writelog.hashtree import differing
 from writelog.replica_server import ReplicaServer
 from writelog.wire import (
     Ack,
@@ -36,6 +37,8 @@ from writelog.wire import (
     Hello,
     Message,
     Packed,
+    Probe,
+    Probed,
     Promote,
     Promoted,
     Release,
@@ -65,6 +68,7 @@ class Script:
         self.connections = 0
         self.errors: list[BaseException] = []
         self.base = 0
+        self._peer = b""
         self._context = zmq.Context()
         self._socket = self._listen("tcp://127.0.0.1:0")
         self.endpoint = self._socket.get_string(zmq.LAST_ENDPOINT)
@@ -111,6 +115,7 @@ class Script:
                 message, payload = wire.decode(frames)
                 if isinstance(message, Hello):
                     peer, applied = sender, 0
+                    self._peer = sender
                 elif sender != peer:
                     continue
                 applied = getattr(message, "seq", applied)
@@ -152,6 +157,13 @@ class Script:
             self._digest.add(message)
             data = bytes(message.length) if isinstance(message, Zero) else bytes(payload)
             memory[message.offset : message.offset + message.length] = data
+            return Ack(message.seq, message.seq if self.durable else 0, 0, 0)
+        if isinstance(message, Probe):
+            self._digest.add(message)
+            answer = Probed(message.seq, differing(
+                memory[message.offset : message.offset + message.length], message.grain, message.digests))
+            self._digest.settle(answer)
+            self._answer(self._peer, answer)
             return Ack(message.seq, message.seq if self.durable else 0, 0, 0)
         if isinstance(message, Barrier):
             return Digest(message.seq, self._digest.digest())

@@ -56,6 +56,7 @@ writelog.forecast
 writelog.heat
 writelog.pace
 writelog.generations
+writelog.hashtree
 writelog.plan
 writelog.planner
 writelog.planner_group
@@ -131,7 +132,8 @@ module imports from its own layer and those before it."""
 PURE = [
     "tapcore.nbd.wire", "tapcore.nbd.negotiate", "tapcore.nbd.status", "tapcore.nbd.session",
     "tapcore.nbd.replies", "tapcore.nbd.client_codec", "tapcore.nbd.reply_decoder", "tapcore.nbd.fit",
-    "writelog.wire", "writelog.plan", "writelog.planner", "writelog.planner_group", "writelog.simulate",
+    "writelog.wire", "writelog.hashtree", "writelog.sync_compare",
+    "writelog.plan", "writelog.planner", "writelog.planner_group", "writelog.simulate",
     "writelog.backlog", "writelog.heat", "writelog.pace", "writelog.forecast",
     "writelog.ring", "tapcore.bucket",
     "writelog.migrate_plan", "writelog.migrate_check", "writelog.migrate_memory", "writelog.migrate_twin",

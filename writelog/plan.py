@@ -94,7 +94,8 @@ class Outlook:
     stalled_s: float = 0.0
     """How long the replica has applied nothing of what it was sent."""
     is_untried: bool = False
-    """It has applied nothing at all: how fast it is nobody knows, nor whether its disk works."""
+    """It has applied nothing at all: how fast it is nobody knows, nor whether its disk works. Or it does little
+    but compare, and how fast the link is nobody knows."""
     paused_s: float | None = None
     best_pause_s: float | None = None
     """What the sweeps are predicted to settle at; None if that is not known."""

@@ -54,6 +54,8 @@ class Seen:
     flush_s: float = 0.0
     flush_bytes: int = 0
     """The replica's last flush: how long it took, and what it covered."""
+    equal_bytes: int = 0
+    """Not sent, because the replica had them already."""
 
 
 class Planner:
@@ -79,6 +81,10 @@ class Planner:
         """When the replica was last seen to apply something, or had nothing to."""
         self._moved_seq = 0
         self._sent = Meter(RATE_WINDOW_S)
+        """What the replica has, sent or not."""
+        self._applied_bytes = self._link_bytes = 0
+        """Sent and applied: at the last look; and without what was while the ends compared."""
+        self._was_comparing = False
         self._written = Meter(RATE_WINDOW_S)
         self.start_over()
 
@@ -119,12 +125,18 @@ class Planner:
         if is_busy:
             # Only while there is something to send does what was sent tell what the link can carry.
             self._busy_s += now_s - self._sampled_s
-            self._sent.feed(self._busy_s, seen.applied_bytes)
+            self._sent.feed(self._busy_s, seen.applied_bytes + seen.equal_bytes)
         self._sampled_s = now_s
         self._dirtied.feed(now_s, seen.dirty_bytes + seen.leased_bytes + seen.committed_bytes)
         self._written.feed(now_s, seen.written_bytes)
         if seen.applied_seq != self._moved_seq or not seen.unacked_bytes:
             self._moved_s, self._moved_seq = now_s, seen.applied_seq
+        is_comparing = seen.equal_bytes > 0 and not seen.first_pass_done
+        if not is_comparing:
+            self._link_bytes += seen.applied_bytes - self._applied_bytes
+            if self._was_comparing:
+                self._sent = Meter(RATE_WINDOW_S)
+        self._applied_bytes, self._was_comparing = seen.applied_bytes, is_comparing
         remaining_bytes = seen.dirty_bytes + seen.todo_bytes + seen.unacked_bytes
         pending_bytes = seen.dirty_bytes + seen.leased_bytes
         # What is leased and written again can be taken only after a first barrier.
@@ -140,10 +152,13 @@ class Planner:
             flush_s=barriers * flush_estimate_s(seen.flush_s, seen.flush_bytes, pending_bytes),
             failed_pauses=self.failed_pauses,
             stalled_s=now_s - self._moved_s,
-            is_untried=seen.applied_seq == 0 and (seen.unacked_bytes > 0 or remaining_bytes > MAX_BLIND_BYTES),
+            is_untried=is_comparing or (
+                seen.applied_seq == 0 and (seen.unacked_bytes > 0 or remaining_bytes > MAX_BLIND_BYTES)),
         )
         spread = self._backlog.spread
-        self.prospect = self.group.look(self._name, now_s, self.outlook, seen.applied_bytes, is_busy, spread,
+        # How fast the ends compare says nothing of the link.
+        self.prospect = self.group.look(self._name, now_s, self.outlook, self._link_bytes,
+                                        is_busy and not is_comparing, spread,
                                         bytes_a_touch(spread, self.outlook.write_rate))
         return self.outlook
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 
 from tapcore.driver import Driver, Feature
 from tapcore.request import FLUSH, READ, WRITE, ZEROES, Request
+from tapcore.workers import Workers
 
 MAX_IN_FLIGHT_BYTES = 16 << 20
 MAX_IN_FLIGHT = 256
@@ -23,24 +25,28 @@ ZERO_PIECE = memoryview(bytes(1 << 20))
 
 Done = Callable[[int], None]
 """Called with 0 or an errno."""
+Look = Callable[[memoryview], None]
+"""Called in a thread with what was read. It must not raise."""
 
 
 class Job:
-    """One request on its way."""
+    """One request on its way; a read to be looked at has a `look`."""
 
-    __slots__ = ("done", "end", "request")
+    __slots__ = ("done", "end", "look", "request")
 
-    def __init__(self, request: Request, done: Done) -> None:
+    def __init__(self, request: Request, done: Done, look: Look | None = None) -> None:
         self.request = request
         self.end = request.offset + request.length
         self.done = done
+        self.look = look
 
 
 class Applier:
-    """Writes, zeroes and flushes for `head`. `queued_bytes` counts payload that has not ended yet."""
+    """Writes, zeroes, flushes and reads for `head`. `queued_bytes` counts payload that has not ended yet."""
 
-    def __init__(self, head: Driver) -> None:
+    def __init__(self, head: Driver, workers: Workers) -> None:
         self._head = head
+        self._workers = workers
         self._queue: deque[Job] = deque()
         self._flying: dict[Request, Job] = {}
         self._flying_bytes = 0
@@ -71,6 +77,11 @@ class Applier:
         """Fill `buffer` from `offset`, then `done(errno)`. In no order with writes."""
         self._start(Job(Request(READ, offset, len(buffer), (buffer,), done=self._request_done), done))
         self._head.submit()
+
+    def inspect(self, offset: int, length: int, look: Look, done: Done) -> None:
+        """Queue a read, in order with the writes, of what `look` is given before `done(errno)`; after an error it
+        is not called."""
+        self._append(Job(Request(READ, offset, length, done=self._request_done), done, look))
 
     def drop_queued(self) -> None:
         """Forget what has not started; its `done` is not called."""
@@ -124,20 +135,34 @@ class Applier:
         request = job.request
         self._flying[request] = job
         self._flying_bytes += request.length
+        if job.look is not None:
+            request.iov = (memoryview(bytearray(request.length)),)
         head = self._head
         queue = (head.queue_read, head.queue_write, head.queue_flush, None, head.queue_zeroes)[request.op]
         assert queue is not None
         if queue(request):
-            self._end(request)
+            self._served(request)
 
     def _request_done(self, request: Request) -> None:
+        self._served(request)
+        self.start()
+
+    def _served(self, request: Request) -> None:
+        """The chain is done with it."""
+        look = self._flying[request].look
+        if look is None or request.error:
+            self._end(request)
+        else:
+            self._workers.submit(partial(look, request.iov[0]), partial(self._looked, request))
+
+    def _looked(self, request: Request) -> None:
         self._end(request)
         self.start()
 
     def _end(self, request: Request) -> None:
         job = self._flying.pop(request)
         self._flying_bytes -= request.length
-        if request.op in (WRITE, ZEROES):
+        if request.op in (WRITE, ZEROES) or job.look is not None:
             self.queued_bytes -= request.length
         job.done(request.error)
         self._check_idle()

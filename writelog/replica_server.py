@@ -55,7 +55,7 @@ class ReplicaServer:
         self._export = export
         self._on_end = on_end
         self._peer_timeout_s = peer_timeout_s
-        self._applier = Applier(vbd.chain.head)
+        self._applier = Applier(vbd.chain.head, env.workers)
         self._store = store or StateStore()
         self._disk = ""
         self._session: Session | None = None

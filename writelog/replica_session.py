@@ -18,6 +18,7 @@ from typing import Final, Protocol
 from tapcore.errors import ProtocolError, ReplicationError, WritelogError
 from tapcore.layout import Buffer
 from tapcore.loop import Loop, Timer
+from writelog.hashtree import differing
 from writelog.replica_apply import Applier
 from writelog.wire import (
     VERIFY_CHUNK_BYTES,
@@ -31,6 +32,8 @@ from writelog.wire import (
     Failure,
     Message,
     Packed,
+    Probe,
+    Probed,
     Promote,
     Promoted,
     Release,
@@ -91,6 +94,7 @@ class Session:
         self._applied = 0
         self._ended: set[int] = set()
         """Seqs that ended before one that came earlier."""
+        self._open_probes = 0
         self._durable = 0
         self._barrier: Digest | None = None
         """What to answer once it is durable."""
@@ -143,9 +147,13 @@ class Session:
         elif isinstance(message, Zero):
             self._accept(message)
             self._applier.zero(message.offset, message.length, partial(self._ended_one, message))
+        elif isinstance(message, Probe):
+            self._on_probe(message)
         elif isinstance(message, Base):
             self._on_base(message)
         elif isinstance(message, Barrier):
+            if self._open_probes:
+                raise ProtocolError(f"BARRIER came with {self._open_probes} PROBEs still to be answered")
             self._next_seq(message.seq)
             self._barrier = Digest(message.seq, self._digest.digest())
             self._advance(message.seq)
@@ -188,7 +196,27 @@ class Session:
         self._accept(message)
         self._applier.write(message.offset, memoryview(payload), partial(self._ended_one, message))
 
-    def _accept(self, message: Data | Packed | Zero) -> None:
+    def _on_probe(self, probe: Probe) -> None:
+        self._accept(probe)
+        self._open_probes += 1
+        look = _Look(probe)
+        self._applier.inspect(probe.offset, probe.length, look, partial(self._probed, look))
+
+    def _probed(self, look: _Look, code: int) -> None:
+        if self.state == OVER:
+            return
+        probe = look.probe
+        if code:
+            self._fail(ReplicationError(f"the replica cannot read {probe.length} bytes: {os.strerror(code)}",
+                                        errno=code, offset=probe.offset))
+            return
+        self._open_probes -= 1
+        answer = Probed(probe.seq, look.differing)
+        self._digest.settle(answer)
+        self._send(answer)
+        self._advance(probe.seq)
+
+    def _accept(self, message: Data | Packed | Zero | Probe) -> None:
         """Check what an extent says of itself, and count it."""
         if message.offset + message.length > self._size_bytes:
             raise ProtocolError(f"an extent of {message.length} bytes goes beyond the disk's {self._size_bytes}",
@@ -307,6 +335,17 @@ class Session:
         self._send(Failure(error.errno, f"{error.message}{offset}", error.hint or ""))
         self.end()
         self._owner.session_failed(error)
+
+
+class _Look:
+    """Compares what is there with what a PROBE says; called in a thread."""
+
+    def __init__(self, probe: Probe) -> None:
+        self.probe = probe
+        self.differing = b""
+
+    def __call__(self, data: memoryview) -> None:
+        self.differing = differing(data, self.probe.grain, self.probe.digests)
 
 
 class _Verification:

@@ -41,6 +41,7 @@ examples:
   writelog-sync --insecure-loopback-only vm1 tcp://127.0.0.1:5599    to another place on this machine, without keys
   writelog-sync start --hold vm1 tcp://192.0.2.7:5599                in the background, in sync, until you say
   writelog-sync switch vm1                                         so; or status, set, pause, resume, cancel, wait
+  writelog-sync --overwrite --compare vm1 tcp://192.0.2.7:5599       over an old copy: what is equal stays
   writelog-sync plan --rate 110M vm1                                 watch the guest, and forecast
   writelog-sync simulate                                             what to expect, in made-up time
 
@@ -118,6 +119,9 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--after-switch", metavar="FILE", help="and one to run after the replica has taken over")
     parser.add_argument("--overwrite", action="store_true",
                         help="send a full copy, whatever else the replica holds")
+    parser.add_argument("--compare", action="store_true",
+                        help="send no more than digests of what the replica has already, be it an old copy or a "
+                             "template; where next to nothing is equal, extents are sent as they are")
     parser.add_argument("--verify", action="store_true",
                         help="compare the whole disks during the pause, which makes it much longer: both are read")
     parser.add_argument("--peer", metavar="NAME",
@@ -143,7 +147,7 @@ def run(options: argparse.Namespace) -> int:
     try:
         source = Source(options.run_dir or default_run_dir(), options.disk, options.log)
         sync = Sync(source, peer, limits, reporter, verify=options.verify, keep_running=options.keep_running,
-                    overwrite=options.overwrite, compress=options.compress, wishes=wishes,
+                    overwrite=options.overwrite, compress=options.compress, compare=options.compare, wishes=wishes,
                     hooks=Hooks(options.before_switch, options.after_switch))
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: setattr(sync, "interrupted", True))

@@ -19,6 +19,7 @@ from writelog.plan import Limits, Outlook
 from writelog.planner import Planner, Seen
 from writelog.planner_group import GroupPlanner
 from writelog.sync_cap import Cap
+from writelog.sync_compare import Comparison
 from writelog.sync_control import Wishes
 from writelog.sync_gate import Gate, Step
 from writelog.sync_pack import Packer
@@ -47,13 +48,15 @@ class Shared:
 class Copier:
     """Of one sync. `first_pass_done` once all that was dirty at the beginning was sent."""
 
-    def __init__(self, source: Source, limits: Limits, compress: str, shared: Shared) -> None:
+    def __init__(self, source: Source, limits: Limits, compress: str, shared: Shared,
+                 compare: bool = False) -> None:
         self.ack = Ack(0, 0, 0, 0)
         """The replica's last one."""
         self.backlog = Backlog(source.size_bytes)
         self.planner = Planner(limits, self.backlog, time.monotonic(), shared.planner, source.name)
         self.pipeline = Pipeline(source.log, self._durable, self.planner.window.answered, shared.cap)
         self.pipeline.packer = Packer(compress)
+        self.pipeline.comparison = Comparison() if compare else None
         self.source = source
         self._committed_bytes = 0
         self._asked_s = self._looked_s = -math.inf
@@ -143,7 +146,7 @@ class Copier:
             unacked_bytes=pipeline.unacked_bytes, applied_bytes=pipeline.applied_bytes,
             applied_seq=pipeline.applied_seq, committed_bytes=self._committed_bytes,
             written_bytes=self.source.written_bytes(), first_pass_done=self.first_pass_done,
-            flush_s=self.ack.flush_ns / 1e9, flush_bytes=self.ack.flush_bytes))
+            flush_s=self.ack.flush_ns / 1e9, flush_bytes=self.ack.flush_bytes, equal_bytes=pipeline.equal_bytes))
 
     def escalate(self) -> None:
         """Do what the planner has decided on."""
@@ -169,7 +172,8 @@ class Copier:
     def progress(self) -> Progress:
         outlook, pipeline = self.planner.outlook, self.pipeline
         return Progress(elapsed_s=outlook.elapsed_s, sent_bytes=pipeline.sent_bytes,
-                        zero_bytes=pipeline.zero_bytes, remaining_bytes=outlook.remaining_bytes,
+                        zero_bytes=pipeline.zero_bytes, equal_bytes=pipeline.equal_bytes,
+                        remaining_bytes=outlook.remaining_bytes,
                         rate=outlook.send_rate, dirty_rate=outlook.dirty_rate, pause_s=outlook.pause_s,
                         eta_s=outlook.eta_s, best_pause_s=self.planner.prospect.best_pause_s,
                         rate_cap=self.planner.group.rate, write_limit=self.planner.throttle)

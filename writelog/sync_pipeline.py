@@ -6,6 +6,10 @@
 Reads end in any order, and what they brought is sent in the order in which they were started. So of two versions
 of a block the one that was read last is sent last, and a ZERO never passes the data that was there before it.
 Each portion is a lease on what it took, and is committed when the replica has all of it on its disk.
+
+With a `comparison`, an extent that is to go for the first time can be sent as a PROBE, its digests alone. What the
+replica answers to be different goes back to the head of todo, to be read anew, and the portion is not over before
+that has been sent; the rest counts as sent. Others may `ask` in the same way what the replica has.
 """
 
 from __future__ import annotations
@@ -22,17 +26,26 @@ from bitarray import bitarray
 from tapcore.errors import ProtocolError, ReplicationError
 from writelog.backlog import Runs
 from writelog.client import LogClient, Response
+from writelog.hashtree import Extents, extents_of, is_mask, piece_digests
 from writelog.sync_cap import Cap
+from writelog.sync_compare import Comparison
 from writelog.sync_link import MAX_UNACKED_MESSAGES, Link
 from writelog.sync_pack import Packer
 from writelog.sync_report import Report
-from writelog.wire import MAX_ZERO_BYTES, Ack, Data, Packed, RunningDigest, Zero, checksum
+from writelog.wire import MAX_ZERO_BYTES, Ack, Data, Packed, Probe, Probed, RunningDigest, Zero, checksum
 
 PIECE_BYTES: Final = 512 << 10
 """One read, and the payload of one DATA."""
 PAGE_BYTES: Final = 4096
 MESSAGE_COST_BYTES: Final = 4096
 """What a message costs of the credit at least."""
+MAX_PROBED_BYTES: Final = 64 << 20
+"""What the replica has to read and hash to answer the PROBEs that are under way."""
+TO_DECIDE: Final = -1
+"""The grain of what may be compared first."""
+
+Settle = Callable[["Piece", Extents], None]
+"""Called with what of a piece is different at the replica."""
 
 
 @dataclass
@@ -45,13 +58,28 @@ class Portion:
     """Where its blocks are."""
     last_seq: int = -1
     """Of its last message; -1 until that was sent."""
+    open_ends: int = 1
+    """That still have to pass: its own, and one for each PROBE."""
+
+
+@dataclass(slots=True)
+class Item:
+    """To do: send a range, or compare it by pieces of `grain`; or, with length 0, an end of `portion`."""
+
+    portion: Portion | None
+    is_zero: bool
+    offset: int
+    length: int
+    grain: int = 0
+    settle: Settle | None = None
 
 
 @dataclass(slots=True)
 class Piece:
-    """One read or one range of zeroes; or, with length 0, the end of `portion`."""
+    """One read or one range of zeroes; or, with length 0, an end of `portion`."""
 
-    portion: Portion
+    portion: Portion | None
+    """None for what somebody asks."""
     offset: int
     length: int
     place: int = -1
@@ -61,6 +89,10 @@ class Piece:
     checksum: bytes | None = None
     """None for zeroes, and until it is read."""
     is_ready: bool = True
+    grain: int = 0
+    settle: Settle | None = None
+    digests: bytes = b""
+    """Of what is to be compared, when it was read."""
 
 
 class Arena:
@@ -101,12 +133,15 @@ class Pipeline:
         self.unsent_blocks = 0
         """How many are still to be sent for the first time, which tells the extra bytes from the others."""
         self._unsent = bitarray(endian="little")
+        self.comparison: Comparison | None = None
         self.packer = Packer()
         self.sent_bytes = 0
         """Payload, over all connections."""
         self.wire_bytes = 0
         """The same, as it was sent: compressed, perhaps."""
         self.zero_bytes = 0
+        self.equal_bytes = 0
+        """That the replica had already."""
         self.first_pass_bytes = 0
         self.applied_bytes = 0
         """Payload that the replica has applied, over all connections."""
@@ -120,13 +155,14 @@ class Pipeline:
     def count(self, report: Report) -> None:
         """Fill the totals in."""
         report.sent_bytes, report.zero_bytes = self.sent_bytes, self.zero_bytes
-        report.wire_bytes = self.wire_bytes
+        report.wire_bytes, report.equal_bytes = self.wire_bytes, self.equal_bytes
         report.extra_bytes = self.sent_bytes - self.first_pass_bytes
 
     def go_on_counting(self, former: Pipeline) -> None:
         """Take over the totals of a pipeline that is given up."""
         self.sent_bytes, self.zero_bytes = former.sent_bytes, former.zero_bytes
         self.packer, self.wire_bytes = former.packer, former.wire_bytes
+        self.comparison, self.equal_bytes = former.comparison, former.equal_bytes
         self.first_pass_bytes, self.applied_bytes = former.first_pass_bytes, former.applied_bytes
 
     def begin_pass(self, unsent: bitarray) -> None:
@@ -142,13 +178,16 @@ class Pipeline:
         self.seq = 0
         self.digest = RunningDigest()
         self._arena = Arena(len(self._reader.data) // PAGE_BYTES * PAGE_BYTES)
-        self._todo: deque[tuple[Portion, bool, int, int]] = deque()
+        self._todo: deque[Item] = deque()
         self._pieces: deque[Piece] = deque()
         self._reading: dict[int, Piece] = {}
         self._sending: deque[tuple[zmq.MessageTracker | None, int]] = deque()
         self._unacked: deque[tuple[int, int, int, float]] = deque()
         """(seq, cost, payload, when it was sent) of what the replica has not applied."""
         self._unacked_bytes = 0
+        self._probes: dict[int, Piece] = {}
+        """Sent and not answered, by seq."""
+        self._probed_bytes = 0
         self._portions: deque[Portion] = deque()
         """Taken and not durable."""
         self._last_durable = 0
@@ -163,7 +202,7 @@ class Pipeline:
 
     @property
     def is_all_sent(self) -> bool:
-        return not self._todo and not self._pieces
+        return not self._todo and not self._pieces and not self._probes
 
     @property
     def unacked_bytes(self) -> int:
@@ -188,9 +227,15 @@ class Pipeline:
         """Queue all of a portion."""
         self._portions.append(portion)
         for is_zero, offset, length in portion.items:
-            self._todo.append((portion, is_zero, offset, length))
+            self._todo.append(Item(portion, is_zero, offset, length, TO_DECIDE))
             self.todo_bytes += length
-        self._todo.append((portion, False, 0, 0))
+        self._todo.append(Item(portion, False, 0, 0))
+
+    def ask(self, offset: int, length: int, grain: int, settle: Settle) -> None:
+        """Have a range of at most PIECE_BYTES compared, after all that was added before. Nothing comes of it if
+        the pipeline is `reset` meanwhile."""
+        assert length <= PIECE_BYTES
+        self._todo.append(Item(None, False, offset, length, grain, settle))
 
     def feed(self) -> None:
         """Start the reads that there is room for, and send what is ready."""
@@ -211,30 +256,39 @@ class Pipeline:
 
     def _is_out_of_credit(self) -> bool:
         limit_bytes = min(self._credit_bytes, self.window_bytes)
-        return self._unacked_bytes >= limit_bytes or len(self._unacked) >= MAX_UNACKED_MESSAGES
+        return (self._unacked_bytes >= limit_bytes or len(self._unacked) >= MAX_UNACKED_MESSAGES
+                or self._probed_bytes >= MAX_PROBED_BYTES)
 
     def _start_next(self) -> bool:
         """Start the next piece of the first item; False if there is no room to read it."""
-        portion, is_zero, offset, length = self._todo[0]
-        if is_zero or not length:
-            piece_bytes = min(length, MAX_ZERO_BYTES)
-            piece = Piece(portion, offset, piece_bytes)
+        item = self._todo[0]
+        if item.is_zero or not item.length:
+            piece_bytes = min(item.length, MAX_ZERO_BYTES)
+            piece = Piece(item.portion, item.offset, piece_bytes)
         else:
-            piece_bytes = min(length, PIECE_BYTES)
+            piece_bytes = min(item.length, PIECE_BYTES)
             part = self._arena.allocate(piece_bytes) if self._reader.free_slots else None
             if part is None:
                 return False
             self.cap.take(piece_bytes)
             place, cost_bytes = part
-            piece = Piece(portion, offset, piece_bytes, place, cost_bytes, is_ready=False)
+            grain = item.grain if item.grain != TO_DECIDE else self._grain_for(item.offset, piece_bytes)
+            piece = Piece(item.portion, item.offset, piece_bytes, place, cost_bytes, None, False, grain,
+                          item.settle or self._compared)
             self._reading[place] = piece
-            self._reader.submit_read(offset, piece_bytes, place)
+            self._reader.submit_read(item.offset, piece_bytes, place)
         self._pieces.append(piece)
-        if piece_bytes < length:
-            self._todo[0] = portion, is_zero, offset + piece_bytes, length - piece_bytes
-        else:
+        item.offset += piece_bytes
+        item.length -= piece_bytes
+        if not item.length:
             self._todo.popleft()
         return True
+
+    def _grain_for(self, offset: int, length: int) -> int:
+        """By what pieces to compare a range, 0 to send it."""
+        if self.comparison is None or self._unsent.find(1, *self._blocks(offset, length)) < 0:
+            return 0
+        return self.comparison.grain()
 
     def on_read(self, response: Response) -> None:
         """A read has ended; ReplicationError if the disk cannot be read there."""
@@ -243,35 +297,43 @@ class Pipeline:
             raise ReplicationError(f"the disk's {response.length} bytes cannot be read", offset=response.offset,
                                    hint="see the tapdisk's log for the cause")
         piece.is_ready = True
-        check = checksum(self._reader.data[piece.place : piece.place + piece.length])
-        if check != zero_checksum(piece.length):
+        data = self._reader.data[piece.place : piece.place + piece.length]
+        if piece.portion is not None:
+            check = checksum(data)
+            if check == zero_checksum(piece.length):
+                return
             piece.checksum = check
+        if piece.grain:
+            piece.digests = piece_digests(data, piece.grain)
 
     def _send(self, piece: Piece) -> None:
         assert self._link is not None
         if not piece.length:
-            piece.portion.last_seq = self.seq
-            self._commit_up_to(self._last_durable)
+            self._end_of(piece)
             return
         self.seq += 1
-        self.todo_bytes -= piece.length
         tracker = None
         payload_bytes = 0
-        if piece.checksum is None:
-            message: Data | Packed | Zero = Zero(self.seq, piece.offset, piece.length)
+        if piece.digests:
+            message: Data | Packed | Zero | Probe = self._send_probe(piece)
+        elif piece.checksum is None:
+            message = Zero(self.seq, piece.offset, piece.length)
             self._link.send(message)
-            if piece.place >= 0:
-                self.cap.take(-piece.length)
             self.zero_bytes += piece.length
         else:
             message, tracker = self._send_payload(piece, piece.checksum)
             payload_bytes = piece.length
             self.sent_bytes += payload_bytes
-        self._count_first(piece, payload_bytes)
+        if piece.place >= 0 and not payload_bytes:
+            self.cap.take(-piece.length)
+        if piece.portion is not None:
+            self.todo_bytes -= piece.length
+        if not piece.digests:
+            self._count_first(piece.offset, piece.length, payload_bytes)
         self.digest.add(message)
         if piece.cost_bytes:
             self._sending.append((tracker, piece.cost_bytes))
-        cost_bytes = max(payload_bytes, MESSAGE_COST_BYTES)
+        cost_bytes = max(payload_bytes, MESSAGE_COST_BYTES if piece.portion is not None else 0)
         self._unacked.append((self.seq, cost_bytes, payload_bytes, time.monotonic()))
         self._unacked_bytes += cost_bytes
 
@@ -290,8 +352,59 @@ class Pipeline:
         self._link.send_data(message, packed)
         return message, None
 
-    def _count_first(self, piece: Piece, payload_bytes: int) -> None:
-        first, stop = piece.offset // self._block_bytes, -(-(piece.offset + piece.length) // self._block_bytes)
+    def _send_probe(self, piece: Piece) -> Probe:
+        assert self._link is not None
+        message = Probe(self.seq, piece.offset, piece.length, piece.grain, piece.digests)
+        self._link.send(message)
+        self.wire_bytes += len(piece.digests)
+        self._probes[self.seq] = piece
+        self._probed_bytes += piece.length
+        if piece.portion is not None:
+            piece.portion.open_ends += 1
+        return message
+
+    def on_probed(self, answer: Probed) -> None:
+        """ProtocolError if that was not asked, or makes no sense."""
+        piece = self._probes.pop(answer.seq, None)
+        if piece is None or not is_mask(answer.differing, piece.length, piece.grain):
+            raise ProtocolError(f"the replica answers a PROBE of seq {answer.seq} that was not sent so")
+        self.digest.settle(answer)
+        self._probed_bytes -= piece.length
+        assert piece.settle is not None
+        piece.settle(piece, extents_of(answer.differing, piece.offset, piece.length, piece.grain)[0])
+
+    def _compared(self, piece: Piece, differing: Extents) -> None:
+        """Send what differs of a piece that was compared."""
+        assert self.comparison is not None
+        at = piece.offset
+        for offset, length in [*differing, (piece.offset + piece.length, 0)]:
+            if offset > at:
+                self.equal_bytes += offset - at
+                self._count_first(at, offset - at, 0)
+            at = offset + length
+        grain = self.comparison.learn(piece.length, piece.grain, differing)
+        if not differing:
+            self._end_of(piece)
+            return
+        self._todo.appendleft(Item(piece.portion, False, 0, 0))
+        for offset, length in reversed(differing):
+            self._todo.appendleft(Item(piece.portion, False, offset, length, grain))
+            self.todo_bytes += length
+
+    def _end_of(self, piece: Piece) -> None:
+        """One of the ends of its portion has passed."""
+        portion = piece.portion
+        assert portion is not None
+        portion.open_ends -= 1
+        if not portion.open_ends:
+            portion.last_seq = self.seq
+            self._commit_up_to(self._last_durable)
+
+    def _blocks(self, offset: int, length: int) -> tuple[int, int]:
+        return offset // self._block_bytes, -(-(offset + length) // self._block_bytes)
+
+    def _count_first(self, offset: int, length: int, payload_bytes: int) -> None:
+        first, stop = self._blocks(offset, length)
         blocks = self._unsent.count(1, first, stop)
         if blocks:
             self.unsent_blocks -= blocks

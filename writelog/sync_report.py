@@ -35,6 +35,8 @@ class Progress:
     pause_s: float
     """What the switch-over would take now."""
     eta_s: float | None
+    equal_bytes: int = 0
+    """That the replica had already."""
     best_pause_s: float | None = None
     """What it is predicted to come down to."""
     rate_cap: float | None = None
@@ -43,6 +45,8 @@ class Progress:
 
     def __str__(self) -> str:
         text = f"sent {size_text(self.sent_bytes)}"
+        if self.equal_bytes:
+            text = f"equal {size_text(self.equal_bytes)}, {text}"
         if self.rate is not None:
             text += f" at {size_text(self.rate)}/s"
         text += f", remaining {size_text(self.remaining_bytes)}"
@@ -70,8 +74,10 @@ class Report:
     elapsed_s: float = 0.0
     sent_bytes: int = 0
     zero_bytes: int = 0
+    equal_bytes: int = 0
+    """Not sent, because the replica had them already."""
     wire_bytes: int = 0
-    """What was sent, as compression has left it."""
+    """What was sent, as compression has left it, and digests of what was compared."""
     extra_bytes: int = 0
     """Sent after the first pass over the disk, because the guest wrote."""
     connections: int = 0
@@ -88,9 +94,11 @@ class Report:
         outcome = "handed over" if self.handed_over else "the replica has a consistent copy; the disk stays here"
         packed = f", compressed to {size_text(self.wire_bytes)}" if self.wire_bytes < self.sent_bytes else ""
         export = f", its export is at {self.export}" if self.export else ""
+        equal = f", {size_text(self.equal_bytes)} found equal at the replica" if self.equal_bytes else ""
         return [
             f"{self.disk} -> {self.replica}: {outcome}{export}",
-            f"  disk   {size_text(self.size_bytes)}, of which {size_text(self.zero_bytes)} holes and zeroes",
+            f"  disk   {size_text(self.size_bytes)}, of which {size_text(self.zero_bytes)} holes and zeroes"
+            + equal,
             f"  sent   {size_text(self.sent_bytes)} in {self.elapsed_s:.1f} s, {size_text(rate)}/s{packed}",
             f"  extra  {size_text(self.extra_bytes)} sent again (+{extra_percent:.1f} %)",
             f"  pause  {self.pause_s * 1000:.1f} ms: {parts}",

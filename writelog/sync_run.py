@@ -49,8 +49,8 @@ class Sync:
 
     def __init__(self, source: Source, peer: Peer, limits: Limits, reporter: Reporter, *,
                  verify: bool = False, keep_running: bool = False, overwrite: bool = False,
-                 compress: str = AUTO, wishes: Wishes | None = None, hooks: Hooks | None = None,
-                 gate: Gate | None = None, shared: Shared | None = None) -> None:
+                 compress: str = AUTO, compare: bool = False, wishes: Wishes | None = None,
+                 hooks: Hooks | None = None, gate: Gate | None = None, shared: Shared | None = None) -> None:
         self.interrupted = False
         self._gate = gate or Gate()
         self._source = source
@@ -69,7 +69,7 @@ class Sync:
         self._is_welcome = False
         self._compress = compress
         self._shared = shared or Shared(limits, (source.name,))
-        self._use(Copier(source, limits, compress, self._shared))
+        self._use(Copier(source, limits, compress, self._shared, compare))
         self._talk = Talk(peer, self._copier, self._gate, self._guard)
         self._switch_over = SwitchOver(self._talk, self._gate, self._wishes, hooks or Hooks(), reporter,
                                        self._report, verify=verify, keep_running=keep_running)

@@ -18,7 +18,7 @@ from tapcore.errors import ReplicationError
 from writelog.sync_copy import Copier
 from writelog.sync_gate import Gate
 from writelog.sync_link import Link, LinkLost, Peer
-from writelog.wire import Ack, Content, Digest, Failure, Message, Promoted, Refused, Released, Welcome
+from writelog.wire import Ack, Content, Digest, Failure, Message, Probed, Promoted, Refused, Released, Welcome
 
 POLL_S: Final = 0.05
 ROOM_POLL_S: Final = 0.002
@@ -109,6 +109,8 @@ class Talk:
             if isinstance(message, Ack):
                 self.copier.ack = message
                 self.copier.pipeline.on_ack(message)
+            elif isinstance(message, Probed):
+                self.copier.pipeline.on_probed(message)
             elif isinstance(message, Failure) and message.errno == errno.EBADMSG:
                 raise LinkLost(message.message)
             elif isinstance(message, Refused | Failure):

@@ -6,8 +6,10 @@
                                     ◀──────  WELCOME: resumed (it holds that base), credit
       BASE, if not resumed          ──────▶  recorded before anything that follows is applied
       DATA, ZERO, PACKED … (seq 1, 2 …) ──▶  checked, applied in order where they overlap
+      PROBE seq, digests            ──────▶  compared with what is there, in that order too
+                                    ◀──────  PROBED seq: which pieces differ
                                     ◀──────  ACK applied, durable: all up to these seqs; at least once a second
-      BARRIER seq                   ──────▶  applies all before it, flushes
+      BARRIER seq                   ──────▶  applies all before it, flushes; no PROBE may be without its answer
                                     ◀──────  DIGEST of all that this connection brought, in order
       VERIFY (optional)             ──────▶  reads its whole disk back
                                     ◀──────  CONTENT digest
@@ -36,6 +38,7 @@ import zstandard
 
 from tapcore.errors import ProtocolError
 from tapcore.layout import Buffer, Layout
+from writelog.hashtree import DIGEST_BYTES, LEAF_BYTES, MAX_MASK_BYTES, MAX_PIECES, pieces_of
 
 VERSION: Final = 3
 
@@ -75,6 +78,8 @@ class Kind(IntEnum):
     ERROR = 15
     BASE = 16
     PACKED = 17
+    PROBE = 18
+    PROBED = 19
 
 
 class Refusal(IntEnum):
@@ -155,6 +160,30 @@ class Zero:
 
 
 @dataclass(frozen=True, slots=True)
+class Probe:
+    """`digests` are those of each `grain` bytes of the range (writelog.hashtree). What is equal counts as applied,
+    and durable after a flush, like what is sent."""
+
+    seq: int
+    offset: int
+    length: int
+    grain: int
+    digests: bytes
+
+    @property
+    def checksum(self) -> bytes:
+        return checksum(self.digests)
+
+
+@dataclass(frozen=True, slots=True)
+class Probed:
+    """Of the PROBE `seq`: a bit for each of its pieces, set if the replica has something else there."""
+
+    seq: int
+    differing: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Ack:
     """Everything up to seq `applied` is in the chain, up to `durable` it was flushed too. The last flush took
     `flush_ns` and covered `flush_bytes`."""
@@ -223,13 +252,13 @@ class Failure:
 
 Message: TypeAlias = (Hello | Welcome | Refused | Data | Zero | Ack | Barrier | Digest | Verify | Content | Promote
                       | Promoted | Release | Released | Failure | Base
-                      | Packed)
+                      | Packed | Probe | Probed)
 
 CLASSES: Final[dict[int, type[Any]]] = {
     Kind.HELLO: Hello, Kind.WELCOME: Welcome, Kind.REFUSED: Refused, Kind.DATA: Data, Kind.ZERO: Zero,
     Kind.ACK: Ack, Kind.BARRIER: Barrier, Kind.DIGEST: Digest, Kind.VERIFY: Verify, Kind.CONTENT: Content,
     Kind.PROMOTE: Promote, Kind.PROMOTED: Promoted, Kind.RELEASE: Release, Kind.RELEASED: Released,
-    Kind.ERROR: Failure, Kind.BASE: Base, Kind.PACKED: Packed,
+    Kind.ERROR: Failure, Kind.BASE: Base, Kind.PACKED: Packed, Kind.PROBE: Probe, Kind.PROBED: Probed,
 }
 _KINDS: Final = {cls: int(kind) for kind, cls in CLASSES.items()}
 _NAMES: Final = {kind: tuple(field.name for field in fields(cls)) for kind, cls in CLASSES.items()}
@@ -295,17 +324,30 @@ def _decode_header(frame: Buffer) -> Message:
         if not _is_valid(name, value):
             raise ProtocolError(f"{Kind(kind).name} has a {name} that it cannot have")
     message: Message = CLASSES[kind](*values)
-    if isinstance(message, Data | Packed | Zero):
+    if isinstance(message, Data | Packed | Zero | Probe):
         limit = MAX_ZERO_BYTES if kind == Kind.ZERO else MAX_DATA_BYTES
         if not 0 < message.length <= limit:
             raise ProtocolError(f"{Kind(kind).name} of {message.length} bytes: 1 to {limit} are allowed",
                                 offset=message.offset)
+    if isinstance(message, Probe) and not _is_whole(message):
+        raise ProtocolError(f"PROBE of {message.length} bytes by {message.grain} has {len(message.digests)} bytes "
+                            "of digests", offset=message.offset)
     return message
+
+
+def _is_whole(probe: Probe) -> bool:
+    if probe.grain < LEAF_BYTES or len(probe.digests) > MAX_PIECES * DIGEST_BYTES:
+        return False
+    return len(probe.digests) == pieces_of(probe.length, probe.grain) * DIGEST_BYTES
 
 
 def _is_valid(name: str, value: object) -> bool:
     if name in _BYTES_FIELDS:
         return type(value) is bytes and len(value) == CHECKSUM_BYTES
+    if name == "digests":
+        return type(value) is bytes
+    if name == "differing":
+        return type(value) is bytes and len(value) <= MAX_MASK_BYTES
     if name in _TEXT_FIELDS:
         return type(value) is str and len(value) <= MAX_TEXT_CHARS
     if name in ("resumed", "overwrite"):
@@ -336,21 +378,33 @@ _pack_record = _RECORD.struct.pack
 
 
 class RunningDigest:
-    """xxh3_128 over the records of all extents of one connection, in their order (PACKED as DATA). Both ends keep
-    one: equal digests say that the replica applied all that the sync sent, nothing else and in that order."""
+    """xxh3_128 over the records of all extents of one connection, in their order (PACKED as DATA), and over what
+    came of its PROBEs, in any order. Both ends keep one: equal digests say that the replica applied all that the
+    sync sent, nothing else and in that order, and that both mean the same pieces when they speak of equal ones."""
 
     def __init__(self) -> None:
         self._hash = xxhash.xxh3_128()
+        self._outcomes = 0
+        """Of the PROBEs: the xxh3_128 of each, all in one by XOR."""
 
-    def add(self, message: Data | Packed | Zero) -> None:
-        if not isinstance(message, Zero):
-            kind, check = Kind.DATA, message.checksum
-        else:
+    def add(self, message: Data | Packed | Zero | Probe) -> None:
+        if isinstance(message, Zero):
             kind, check = Kind.ZERO, NO_CHECKSUM
+        else:
+            kind, check = Kind.PROBE if isinstance(message, Probe) else Kind.DATA, message.checksum
         self._hash.update(_pack_record(message.seq, kind, message.offset, message.length, check))
 
+    def settle(self, answer: Probed) -> None:
+        """The PROBE of that seq was answered so."""
+        record = _pack_record(answer.seq, Kind.PROBED, 0, 0, answer.differing.ljust(CHECKSUM_BYTES, b"\0"))
+        self._outcomes ^= xxhash.xxh3_128_intdigest(record)
+
     def digest(self) -> bytes:
-        return self._hash.digest()
+        if not self._outcomes:
+            return self._hash.digest()
+        whole = self._hash.copy()
+        whole.update(self._outcomes.to_bytes(CHECKSUM_BYTES, "little"))
+        return whole.digest()
 
 
 class ContentDigest:

@@ -11,11 +11,12 @@ import msgpack
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from replica_bench import SIZE_BYTES, UNTOUCHED, WAIT_S, Bench
+from replica_bench import SIZE_BYTES, UNTOUCHED, WAIT_S, Bench, Peer
 
 from tapcore.driver import Env, OpenFlag
 from tapcore.request import FLUSH, WRITE, ZEROES
 from writelog import replica, wire
+from writelog.hashtree import LEAF_BYTES, piece_digests
 from writelog.replica_state import State
 from writelog.wire import (
     Ack,
@@ -26,6 +27,8 @@ from writelog.wire import (
     Failure,
     Hello,
     Kind,
+    Probe,
+    Probed,
     Promote,
     Promoted,
     Refusal,
@@ -128,6 +131,50 @@ def test_verify_reads_the_whole_disk(bench: Bench) -> None:
         offset, length = content.range_of(chunk)
         content.set(chunk, bench.driver.data[offset : offset + length])
     assert peer.expect(Content).digest == content.digest()
+
+
+def probe(peer: Peer, offset: int, content: bytes) -> None:
+    """Ask whether the replica holds `content`."""
+    peer.seq += 1
+    message = Probe(peer.seq, offset, len(content), LEAF_BYTES, piece_digests(content, LEAF_BYTES))
+    peer.digest.add(message)
+    peer.send(message)
+
+
+def test_compares_what_is_there_in_order_with_what_comes(bench: Bench) -> None:
+    """The write is on its way to the disk when the first PROBE comes, and the second one comes before the next."""
+    peer = bench.peer()
+    peer.begin()
+    bench.driver.early = False
+    peer.data(4096, b"a" * 4096)
+    probe(peer, 0, bytes(UNTOUCHED[:4096]) + b"a" * 4096 + b"?" * 4096)
+    peer.data(4096, b"b" * 4096)
+    probe(peer, 4096, b"a" * 4096)
+    bench.env.loop.run_until(lambda: bool(bench.driver.pending), WAIT_S)
+    bench.go_on()
+    answers = [peer.expect(Probed), peer.expect(Probed)]
+    assert answers == [Probed(2, b"\4"), Probed(4, b"\1")]
+    for answer in answers:
+        peer.digest.settle(answer)
+    peer.expect(Ack, lambda ack: ack.durable == 4)
+    peer.barrier()
+
+
+def test_a_barrier_before_the_answer_is_refused(bench: Bench) -> None:
+    peer = bench.peer()
+    peer.begin()
+    bench.driver.early = False
+    probe(peer, 0, bytes(4096))
+    peer.send(Barrier(2))
+    assert "1 PROBEs still to be answered" in peer.expect(Failure).message
+
+
+def test_what_cannot_be_read_cannot_be_compared(bench: Bench) -> None:
+    peer = bench.peer()
+    peer.begin()
+    bench.driver.errors = [errno.EIO]
+    probe(peer, 8192, bytes(4096))
+    assert "cannot read 4096 bytes" in peer.expect(Failure).message
 
 
 @pytest.mark.parametrize(("frames", "text"), [

@@ -27,7 +27,7 @@ def test_applier_equals_one_extent_after_the_other(
     env: Env, extents: list[tuple[int, int, bool]], random: Random
 ) -> None:
     driver = open_manual(env, 32 * 512)
-    applier = Applier(driver)
+    applier = Applier(driver, env.workers)
     expected = bytearray(driver.data)
     ended: list[int] = []
     for number, (block, blocks, is_zero) in enumerate(extents):
@@ -52,7 +52,7 @@ def test_zeroes_are_written_where_a_chain_has_no_operation_for_them(env: Env) ->
     driver = open_manual(env, 4 << 20)
     driver.early = True
     driver.info = driver.info.with_changes(features=Feature.FLUSH)
-    applier = Applier(driver)
+    applier = Applier(driver, env.workers)
     ended: list[int] = []
     length = (3 << 20) + 512
     applier.zero(512, length, ended.append)

@@ -22,6 +22,10 @@ MESSAGES = st.one_of(
     st.builds(Refused, NUMBERS, TEXTS, TEXTS), st.builds(Barrier, NUMBERS), st.builds(Digest, NUMBERS, SUMS),
     st.builds(Zero, NUMBERS, NUMBERS, st.integers(1, wire.MAX_ZERO_BYTES)),
     st.builds(Ack, NUMBERS, NUMBERS, NUMBERS, NUMBERS),
+    st.builds(lambda seq, offset, pieces, grain, last: wire.Probe(
+        seq, offset, (pieces - 1) * grain + last, grain, bytes(32 * pieces)),
+        NUMBERS, NUMBERS, st.integers(1, 128), st.sampled_from([4096, 5000, 8192]), st.integers(1, 4096)),
+    st.builds(wire.Probed, NUMBERS, st.binary(max_size=16)),
     st.builds(Promote, SUMS), st.builds(Failure, NUMBERS, TEXTS, TEXTS), st.just(wire.Release()),
 )
 
@@ -58,6 +62,10 @@ def test_data_comes_back_with_its_payload(seq: int, offset: int, payload: bytes)
     [sealed([Kind.ERROR, 5, "x" * 2000, ""])], [bytes(wire.MAX_HEADER_BYTES + 1)],
     [sealed([Kind.ZERO, 1, 0, 0])], [sealed([Kind.ZERO, 1, 0, wire.MAX_ZERO_BYTES + 1])],
     [wire.seal(b"\xdd\xff\xff\xff\xff")], [wire.seal(b"\x91" * 5000)], [msgpack.packb([Kind.BARRIER, 1])],
+    [wire.encode(wire.Probe(1, 0, 4096, 4095, bytes(64)))], [wire.encode(wire.Probe(1, 0, 0, 4096, b""))],
+    [wire.encode(wire.Probe(1, 0, 8192, 4096, bytes(32)))], [wire.encode(wire.Probe(1, 0, 4096, 4096, bytes(64)))],
+    [wire.encode(wire.Probe(1, 0, wire.MAX_DATA_BYTES, 4096, bytes(256 * 32)))],
+    [wire.encode(wire.Probed(1, bytes(17)))],
     [wire.encode(Barrier(1)), b"more"], [wire.encode(Barrier(1))[:-1]], [wire.encode(Barrier(1)) + b"\0"],
     data(b"abcd")[:1], [*data(b"abcd"), b""], [data(b"abcd")[0], b"abc"],
     data(bytes(wire.MAX_DATA_BYTES + 1)),
