@@ -285,26 +285,26 @@ def decode(frames: Sequence[Buffer]) -> tuple[Message, Buffer | None]:
     """The message in `frames` (header, and for DATA the payload) and its payload, lengths checked against each
     other; the payload's checksum is left to the caller. ProtocolError says what is wrong."""
     if not frames or len(frames[0]) > MAX_HEADER_BYTES:
-        raise _misframed(f"a message of {len(frames)} frames has no header of at most {MAX_HEADER_BYTES} bytes")
+        raise _damaged(f"a message of {len(frames)} frames has no header of at most {MAX_HEADER_BYTES} bytes")
     message = _decode_header(frames[0])
     if isinstance(message, Packed):
         if len(frames) != 2 or not 0 < len(frames[1]) <= MAX_DATA_BYTES:
-            raise _misframed(f"PACKED came with {len(frames) - 1} payload frames, or one that is too long",
+            raise _damaged(f"PACKED came with {len(frames) - 1} payload frames, or one that is too long",
                              message.offset)
         return message, frames[1]
     if not isinstance(message, Data):
         if len(frames) != 1:
-            raise _misframed(f"{type(message).__name__} came with {len(frames) - 1} frames too many")
+            raise _damaged(f"{type(message).__name__} came with {len(frames) - 1} frames too many")
         return message, None
     if len(frames) != 2 or len(frames[1]) != message.length:
         sizes = [len(frame) for frame in frames[1:3]]
-        raise _misframed(f"DATA of {message.length} bytes came with {len(frames) - 1} payload frames, of "
+        raise _damaged(f"DATA of {message.length} bytes came with {len(frames) - 1} payload frames, of "
                          f"{sizes} bytes", message.offset)
     return message, frames[1]
 
 
-def _misframed(text: str, offset: int | None = None) -> ProtocolError:
-    """Frames were lost on the way, most likely: encryption does not notice that."""
+def _damaged(text: str, offset: int | None = None) -> ProtocolError:
+    """On the way, most likely: encryption does not notice that a frame was lost."""
     return ProtocolError(text, errno=errno.EBADMSG, offset=offset)
 
 
@@ -369,8 +369,8 @@ def unpack(message: Packed, payload: Buffer) -> bytes:
         if zstandard.frame_content_size(frame) == message.length:
             return zstandard.ZstdDecompressor().decompress(frame, max_output_size=message.length)
     except zstandard.ZstdError as error:
-        raise ProtocolError(f"PACKED cannot be decompressed: {error}", offset=message.offset) from None
-    raise ProtocolError(f"PACKED does not hold the {message.length} bytes that it says", offset=message.offset)
+        raise _damaged(f"PACKED cannot be decompressed: {error}", message.offset) from None
+    raise _damaged(f"PACKED does not hold the {message.length} bytes that it says", message.offset)
 
 
 def checksum(payload: Buffer) -> bytes:
