@@ -60,6 +60,7 @@ writelog.hashtree
 writelog.plan
 writelog.planner
 writelog.planner_group
+writelog.streams
 writelog.simulate
 writelog.ring
 writelog.shm
@@ -134,7 +135,7 @@ PURE = [
     "tapcore.nbd.replies", "tapcore.nbd.client_codec", "tapcore.nbd.reply_decoder", "tapcore.nbd.fit",
     "writelog.wire", "writelog.hashtree", "writelog.sync_compare",
     "writelog.plan", "writelog.planner", "writelog.planner_group", "writelog.simulate",
-    "writelog.backlog", "writelog.heat", "writelog.pace", "writelog.forecast",
+    "writelog.backlog", "writelog.heat", "writelog.streams", "writelog.pace", "writelog.forecast",
     "writelog.ring", "tapcore.bucket",
     "writelog.migrate_plan", "writelog.migrate_check", "writelog.migrate_memory", "writelog.migrate_twin",
     "writelog.generations", "writelog.sidecar_layout", "writelog.activity",

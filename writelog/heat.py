@@ -26,8 +26,6 @@ SAMPLE_S: Final = 0.5
 PLANES: Final = 9
 WEIGHT_SHIFT: Final = 3
 """A touch adds 8: it is forgotten after four half-lives. A chunk that every sample finds touched gets to 256."""
-SINGLE_CLASS: Final = WEIGHT_SHIFT + 1
-"""Of a chunk that was touched once, not long ago."""
 MAX_COUNT: Final = (1 << PLANES) - 1
 MAX_SHARE: Final = 0.98
 """What is found touched always is written at least so often."""
@@ -41,8 +39,6 @@ class Heat:
     def __init__(self, chunks: int) -> None:
         self.chunks = chunks
         self._planes = [zeros(chunks, "little") for _ in range(PLANES)]
-        self._streamed = zeros(chunks, "little")
-        """Whose last touch was one of a long run."""
         self._classes = self._sorted()
         self._seen = [0.0] * (PLANES + 1)
         self._found = [0.0] * (PLANES + 1)
@@ -71,8 +67,6 @@ class Heat:
             self._found[number] = FADING * self._found[number] + count_and(mask, touched)
 
     def _add(self, touched: bitarray) -> None:
-        self._streamed &= ~touched
-        self._streamed |= _long_runs(touched)
         carry = touched.copy()
         for plane in self._planes[WEIGHT_SHIFT:]:
             overflow = plane & carry
@@ -100,16 +94,6 @@ class Heat:
             rest &= ~plane
         return [rest, *reversed(hottest_first)]
 
-    def order(self) -> list[bitarray]:
-        """The chunks in the order in which to send them. A stream that writes a range from end to end, again and
-        again, comes last to what it wrote last: there the classes of single touches are turned round."""
-        classes = self._classes
-        out = []
-        for number, mask in enumerate(classes):
-            mirror = classes[SINGLE_CLASS + 1 - number] if 0 < number <= SINGLE_CLASS else mask
-            out.append((mask & ~self._streamed) | (mirror & self._streamed))
-        return out
-
     def rate(self, number: int) -> float:
         """Touches a second of a chunk of a class; more than one between two samples are not seen."""
         if not self._seen[number]:
@@ -117,19 +101,14 @@ class Heat:
         share = self._found[number] / self._seen[number]
         return -math.log1p(-min(share, MAX_SHARE)) / self._interval_s
 
+    def wait_s(self, number: int) -> float:
+        """Until a chunk of a class is touched, on average."""
+        rate = self.rate(number)
+        return 1 / rate if rate else math.inf
+
     def spread(self) -> Spread:
         """How many chunks there are at each rate."""
         return Spread([(mask.count(), self.rate(number)) for number, mask in enumerate(self._classes)])
-
-
-def _long_runs(touched: bitarray) -> bitarray:
-    """The bits that stand in a run of 8 or more."""
-    runs = touched.copy()
-    for step in (1, 2, 4):
-        runs &= runs >> step
-    for step in (4, 2, 1):
-        runs |= runs << step
-    return runs
 
 
 class Spread:

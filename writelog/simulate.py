@@ -310,7 +310,8 @@ class Simulation:
 
     def _ask(self) -> None:
         self._asked_s = self.now_s
-        self.backlog.touch(self.now_s, self._touched.bits[: self.backlog.chunks])
+        self.backlog.touch(self.now_s, self._touched.bits[: self.backlog.chunks],
+                           self.planner.outlook.send_rate)
         self._touched.bits.setall(0)
 
     def _decide(self) -> bool:

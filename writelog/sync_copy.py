@@ -126,7 +126,7 @@ class Copier:
     def _ask(self) -> None:
         """Hear from the log what was written."""
         self._asked_s = time.monotonic()
-        self.backlog.touch(self._asked_s, self.source.touched())
+        self.backlog.touch(self._asked_s, self.source.touched(), self.planner.outlook.send_rate)
 
     @property
     def look_is_due(self) -> bool:

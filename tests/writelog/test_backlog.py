@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bitarray.util import zeros
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -51,6 +51,47 @@ def test_a_chunk_that_is_out_waits_for_its_confirmation() -> None:
     backlog.confirmed([(0, CHUNKS)])
     backlog.sort()
     assert backlog.next(SIZE) == [(5 * CHUNK_BYTES, CHUNK_BYTES)]
+
+
+def test_what_a_stream_wrote_last_is_sent_first_and_what_it_will_write_next_last() -> None:
+    chunks = 200
+    backlog = Backlog(chunks * CHUNK_BYTES)
+    backlog.add_all()
+    for number in range(3):
+        bits = zeros(chunks, "little")
+        bits[50 + 20 * number : 70 + 20 * number] = 1
+        backlog.touch(number * SAMPLE_S, bits, send_rate=chunks * CHUNK_BYTES / (2 * SAMPLE_S))
+
+    def following(count: int) -> tuple[int, int]:
+        return chunk_runs(backlog.next(count * CHUNK_BYTES))[0]
+
+    assert following(50) == (0, 50)
+    assert following(50) == (150, 200)
+    assert [following(20) for _ in range(3)] == [(90, 110), (70, 90), (50, 70)]
+    assert [following(10) for _ in range(4)] == [(140, 150), (130, 140), (120, 130), (110, 120)]
+    assert not backlog.is_lined_up
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 199), st.integers(1, 60), st.sampled_from([0.5, 3.0])), max_size=20),
+       st.integers(1, 50))
+def test_all_that_is_pending_is_given_out_once(writes: list[tuple[int, int, float]], portion: int) -> None:
+    chunks = 200
+    backlog = Backlog(chunks * CHUNK_BYTES)
+    backlog.add_all()
+    backlog.sort()
+    now_s = 0.0
+    for first, count, pause_s in writes:
+        bits = zeros(chunks, "little")
+        bits[first : first + count] = 1
+        backlog.touch(now_s, bits, 1e6)
+        now_s += pause_s
+    given_out: list[int] = []
+    while ranges := backlog.next(portion * CHUNK_BYTES):
+        assert sum(length for _, length in ranges) <= portion * CHUNK_BYTES
+        given_out += [chunk for first, stop in chunk_runs(ranges) for chunk in range(first, stop)]
+    assert sorted(given_out) == list(range(chunks))
+    assert backlog.pending_bytes == 0
 
 
 def test_chunks_of_extents() -> None:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from writelog.dirtymap import CHUNK_BYTES
-from writelog.heat import HALF_LIFE_S, MAX_COUNT, SAMPLE_S, SINGLE_CLASS, WEIGHT_SHIFT, Heat, Spread
+from writelog.heat import HALF_LIFE_S, MAX_COUNT, SAMPLE_S, WEIGHT_SHIFT, Heat, Spread
 
 CHUNKS = 40
 
@@ -68,15 +68,6 @@ def test_what_is_written_no_more_cools_down() -> None:
     for number in range(40, 160):
         heat.feed(number * SAMPLE_S, touched({4}))
     assert class_of(heat, 3) < hot <= class_of(heat, 4) + 1
-
-
-def test_a_stream_is_sent_from_its_latest_chunks_on() -> None:
-    heat = Heat(CHUNKS)
-    heat.feed(0.0, touched(set(range(10)) | {30}))
-    heat.feed(HALF_LIFE_S, touched(set(range(10, 20)) | {31}))
-    places = [next(number for number, mask in enumerate(heat.order()) if mask[chunk])
-              for chunk in (5, 15, 30, 31, 39)]
-    assert places == [2, 1, SINGLE_CLASS - 1, SINGLE_CLASS, 0]
 
 
 def test_a_spread_without_writes_stays_clean() -> None:
