@@ -4,6 +4,7 @@ before or after it calls a function for the COUNT-th time."""
 from __future__ import annotations
 
 import importlib
+import itertools
 import os
 import signal
 import sys
@@ -19,14 +20,14 @@ def arm(place: str) -> None:
     for part in path:
         owner = getattr(owner, part)
     function = getattr(owner, name)
-    left = [int(count)]
+    calls = itertools.count(1)
 
     def call(*arguments: Any, **options: Any) -> Any:
-        left[0] -= 1
-        if left[0] == 0 and when == "before":
+        is_due = next(calls) == int(count)
+        if is_due and when == "before":
             os.kill(os.getpid(), signal.SIGKILL)
         result = function(*arguments, **options)
-        if left[0] == 0:
+        if is_due:
             os.kill(os.getpid(), signal.SIGKILL)
         return result
 

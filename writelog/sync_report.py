@@ -86,6 +86,9 @@ class Report:
     pause_s: float = 0.0
     pause_parts_s: dict[str, float] = field(default_factory=dict)
 
+    def figures(self) -> dict[str, Any]:
+        return asdict(self)
+
     def lines(self) -> list[str]:
         first_bytes = self.sent_bytes - self.extra_bytes
         extra_percent = 100 * self.extra_bytes / first_bytes if first_bytes else 0.0
@@ -150,9 +153,6 @@ class Reporter:
             self._update(f"{self._state}: {text()}")
         else:
             self._line(f"{self._state}: {text()}")
-
-    def done(self, report: Report) -> None:
-        self.end(asdict(report), report.lines())
 
     def end(self, figures: dict[str, Any], lines: list[str]) -> None:
         """It is done: tell the figures, or the lines for people."""

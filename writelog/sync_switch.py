@@ -45,7 +45,7 @@ class SwitchOver:
     def run(self) -> None:
         """From the pause to the end. Whatever is raised, it is to be broken off."""
         source, report = self._talk.copier.source, self._report
-        self._hooks.before(source.name, self._talk.peer.endpoint)
+        self._hooks.before({source.name: self._talk.peer.endpoint})
         self._reporter.state(SWITCHING)
         watch = self.watch = Stopwatch()
         report.pause_parts_s = watch.parts_s
@@ -158,4 +158,4 @@ class SwitchOver:
         self._talk.send(Promote(self._confirmed))
         self._report.export = self._talk.answer(Promoted).export
         self._gate.reach(Step.PROMOTED)
-        self._hooks.after(self._talk.copier.source.name, self._talk.peer.endpoint)
+        self._hooks.after({self._talk.copier.source.name: self._talk.peer.endpoint})
