@@ -147,7 +147,7 @@ class Script:
         if isinstance(message, Hello):
             self.connections += 1
             self._digest = RunningDigest()
-            return Welcome(message.base != 0 and message.base == self.base, 64 << 20)
+            return Welcome(self.base if self.base in (message.base, message.former) else 0, 64 << 20)
         if isinstance(message, Base):
             self.base = message.base
             return None

@@ -10,6 +10,7 @@ that up. So the socket is drained until it has nothing more, whenever the descri
 
 from __future__ import annotations
 
+import errno
 import logging
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,7 +19,7 @@ from typing import Final
 import zmq
 
 from tapcore.driver import Env
-from tapcore.errors import ReplicationError, UsageError, WritelogError
+from tapcore.errors import ProtocolError, ReplicationError, UsageError, WritelogError
 from tapcore.loop import Timer
 from tapcore.vbd import Vbd
 from writelog.keyring import Keys
@@ -63,6 +64,8 @@ class ReplicaServer:
         self._fd = -1
         self._session_id = b""
         self._confirmed: bytes | None = None
+        self._is_resumed = False
+        """Whether the sync makes good what the copy lacks, or a new one."""
         self._draining = False
         self._wake_due = False
         self._held_back = False
@@ -198,17 +201,23 @@ class ReplicaServer:
             self._gone_timer.cancel()
         self._applier.drop_queued()
         known = hello.session == self._session_id
-        resumed = hello.base != 0 and hello.base == self._store.state.base
+        held = self._held(hello)
         self._session_id, self._disk = hello.session, hello.disk
         session = Session(self._env.loop, self._applier, self._vbd.info.size_bytes,
-                          lambda message: self._send(identity, message), self, resumed)
-        if not (known and resumed):
+                          lambda message: self._send(identity, message), self)
+        if not (known and held):
             self._confirmed = None
         elif self._confirmed is not None:
             session.resume_confirmed()
+        self._is_resumed = held != 0
         self._session, self._identity, self._fd = session, identity, fd
-        logger.info("disk %r is replicated to here%s", hello.disk, ", again" if resumed else "")
-        self._applier.when_idle(lambda: session.welcome(resumed))
+        logger.info("disk %r is replicated to here%s", hello.disk, ", again" if held else "")
+        self._applier.when_idle(lambda: session.welcome(held))
+
+    def _held(self, hello: Hello) -> int:
+        """The name in the HELLO that the copy here goes by; 0 if it is none."""
+        base = self._store.state.base
+        return base if base in (hello.base, hello.former) else 0
 
     def _reason_to_refuse(self, hello: Hello) -> Refused | None:
         size_bytes = self._vbd.info.size_bytes
@@ -224,14 +233,19 @@ class ReplicaServer:
         if self._vbd.read_only:
             return Refused(Refusal.READ_ONLY, "the replica is read-only", "open its image for writing")
         state = self._store.state
-        is_same = hello.session == self._session_id or (hello.base != 0 and hello.base == state.base)
+        is_same = hello.session == self._session_id or self._held(hello)
         if self._session is not None and not is_same:
             return Refused(Refusal.BUSY, "the replica is busy with another sync", "wait for it, or stop it")
-        if state.base not in (0, hello.base) and not hello.overwrite:
-            return Refused(Refusal.STRANGER, f"the replica holds a copy of disk {state.disk!r}, but none that the "
-                           "write log here knows of",
-                           "is it the right replica? --overwrite sends a full copy over what it holds")
-        return None
+        if not state.base or self._held(hello) or hello.overwrite:
+            return None
+        if hello.base in state.history:
+            return Refused(Refusal.STRANGER, f"the write log of disk {hello.disk!r} is older than the copy here: "
+                           "it does not know all that was changed since",
+                           "was it restored from a backup, or its host cloned? --overwrite sends a full copy over "
+                           "what the replica holds")
+        return Refused(Refusal.STRANGER, f"the replica holds a copy of disk {state.disk!r}, but none that the "
+                       "write log here knows of",
+                       "is it the right replica? --overwrite sends a full copy over what it holds")
 
     def _disconnected(self) -> None:
         self._fd = -1
@@ -262,7 +276,12 @@ class ReplicaServer:
     # What a session tells
 
     def session_based(self, base: int) -> None:
-        self._store.store(State(base, self._disk))
+        former = self._store.state if self._is_resumed else State()
+        if base in former.history:
+            raise ProtocolError("a message was doubled on the way: the copy had that BASE before",
+                                errno=errno.EBADMSG)
+        self._store.store(former.renamed(base, self._disk))
+        self._is_resumed = True
 
     def session_confirmed(self, digest: bytes | None) -> None:
         self._confirmed = digest

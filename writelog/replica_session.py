@@ -62,7 +62,7 @@ class Owner(Protocol):
     promoted: bool
 
     def session_based(self, base: int) -> None:
-        """A copy begins anew: record it, durably. ReplicationError if that cannot be done."""
+        """The copy has a new name: record it, durably. ReplicationError if that cannot be done."""
 
     def session_confirmed(self, digest: bytes | None) -> None:
         """The digest of the last barrier; None as soon as anything follows it."""
@@ -79,9 +79,9 @@ class Session:
     """`send` takes messages for the sync; `size_bytes` is the disk's."""
 
     def __init__(self, loop: Loop, applier: Applier, size_bytes: int, send: Callable[[Message], None],
-                 owner: Owner, is_based: bool) -> None:
+                 owner: Owner) -> None:
         self.state = WAITING
-        self._is_based = is_based
+        self._is_based = False
         """Whether it is known what the extents make a copy of."""
         self.received_bytes = 0
         self._loop = loop
@@ -109,11 +109,11 @@ class Session:
         self._alive_timer: Timer | None = None
         self._verification: _Verification | None = None
 
-    def welcome(self, resumed: bool) -> None:
+    def welcome(self, base: int) -> None:
         """Begin, unless the connection has gone meanwhile."""
         if self.state == WAITING:
             self.state = OPEN
-            self._send(Welcome(resumed, CREDIT_BYTES))
+            self._send(Welcome(base, CREDIT_BYTES))
             self._stay_alive()
 
     def end(self) -> None:
@@ -184,8 +184,9 @@ class Session:
     # Extents
 
     def _on_base(self, message: Base) -> None:
-        if self._is_based or not message.base:
-            raise ProtocolError("BASE came where no copy begins")
+        if not message.base:
+            raise ProtocolError("BASE names no copy")
+        self._must_not_be_promoted()
         self._owner.session_based(message.base)
         self._is_based = True
 
@@ -222,12 +223,15 @@ class Session:
             raise ProtocolError(f"an extent of {message.length} bytes goes beyond the disk's {self._size_bytes}",
                                 offset=message.offset)
         if not self._is_based:
-            raise ProtocolError("an extent came before BASE", offset=message.offset)
-        if self._owner.promoted:
-            raise ReplicationError("the replica was promoted: it takes no extents any more", errno=errno.EPERM)
+            raise ProtocolError("an extent came before BASE", errno=errno.EBADMSG, offset=message.offset)
+        self._must_not_be_promoted()
         self._next_seq(message.seq)
         self._digest.add(message)
         self.received_bytes += message.length
+
+    def _must_not_be_promoted(self) -> None:
+        if self._owner.promoted:
+            raise ReplicationError("the replica was promoted: it takes no extents any more", errno=errno.EPERM)
 
     def _next_seq(self, seq: int) -> None:
         if seq != self._last_seq + 1:

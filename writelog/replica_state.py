@@ -5,8 +5,9 @@
 
 `base` is the primary's name for the state that this copy is being brought to: it lacks what the primary's log has
 dirty or leased under that name, and nothing else. So the name is recorded, durably, before the first extent under
-it is applied; and what is acknowledged is flushed. `image` is the device and inode of the image: beside another
-file of the same name the record counts for nothing.
+it is applied; and what is acknowledged is flushed. Each sync gives it a new one: `history` has the former ones, so
+that a log which knows only those can be told that it is out of date. `image` is the device and inode of the image:
+beside another file of the same name the record counts for nothing.
 
 The image has a fence (tapcore.fence) as long as it is a copy: a tapdisk that opens it for writing serves it
 paused. Who forces it to go on, for a drill maybe, takes the fence away, and then no sync may go on with the copy.
@@ -17,7 +18,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -25,6 +25,7 @@ from typing import Final
 from tapcore import fence
 from tapcore.durablefile import replace_file
 from tapcore.errors import ImageError, ReplicationError, image_error
+from writelog.generations import MAX_HISTORY, new_id
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,13 @@ class State:
     base: int = 0
     disk: str = ""
     promoted: bool = False
+    history: tuple[int, ...] = ()
+    """Newest first."""
+
+    def renamed(self, base: int, disk: str) -> State:
+        """The copy is called `base` from now on, its disk `disk`."""
+        former = (self.base, *self.history) if self.base not in (0, base) else self.history
+        return State(base, disk, history=former[:MAX_HISTORY])
 
 
 class StateStore:
@@ -65,11 +73,12 @@ class StateStore:
             raise image_error(error, str(path), "read what is known of the replica") from error
         try:
             found = json.loads(text)
-            state = State(int(found["base"], 16), found["disk"], found["promoted"])
+            history = tuple(int(name, 16) for name in found.get("history", ()))
+            state = State(int(found["base"], 16), found["disk"], found["promoted"], history[:MAX_HISTORY])
             same = (found["image"], found["size_bytes"]) == (self._identity, self._size_bytes)
             if not (0 <= state.base <= MAX_BASE and isinstance(state.disk, str) and type(state.promoted) is bool):
                 raise ValueError
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise ImageError("this is no record of a replica", path=str(path),
                              hint="remove it if the image may be overwritten") from None
         if not same:
@@ -78,7 +87,7 @@ class StateStore:
         if state.base and not state.promoted and self._image is not None and fence.read(str(self._image)) is None:
             logger.warning("%s was opened by force since it was made: it is a copy of %r no more", self._image,
                            state.disk)
-            return replace(state, base=int.from_bytes(os.urandom(8), "little") | 1)
+            return replace(state, base=new_id())
         return state
 
     def store(self, state: State) -> None:
@@ -88,7 +97,8 @@ class StateStore:
             if self._image is not None and not state.promoted:
                 fence.write(str(self._image), f"made a copy of disk {state.disk!r} of another host")
             record = asdict(state) | {"base": f"{state.base:016x}", "image": self._identity,
-                                      "size_bytes": self._size_bytes}
+                                      "size_bytes": self._size_bytes,
+                                      "history": [f"{name:016x}" for name in state.history]}
             try:
                 replace_file(self.path, json.dumps(record, indent=1).encode() + b"\n")
             except OSError as error:

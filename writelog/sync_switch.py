@@ -21,7 +21,7 @@ from writelog.sync_link import LinkLost
 from writelog.sync_report import SWITCHING, Report, Reporter
 from writelog.sync_stop import BrokenOff, Stopwatch
 from writelog.sync_talk import SETTLE_S, Talk
-from writelog.wire import Ack, Barrier, Content, Digest, Promote, Promoted, Release, Released, Verify
+from writelog.wire import Ack, Barrier, Base, Content, Digest, Promote, Promoted, Release, Released, Verify
 
 
 class SwitchOver:
@@ -62,6 +62,8 @@ class SwitchOver:
             source.resume()
             watch.lap("resume")
             with contextlib.suppress(LinkLost, WritelogError):  # the copy is confirmed, whatever comes now
+                source.adopt(source.base)
+                self._talk.send(Base(source.base))  # what was restored from a backup of before is told apart by it
                 self._talk.send(Release())
                 self._talk.answer(Released)
             self._gate.reach(Step.PROMOTED)

@@ -2,9 +2,9 @@
 
     sync                                     replica
       HELLO version, session, size, ──────▶  right version, size, writable, no other sync, no copy of
-            base                             something else: else REFUSED
-                                    ◀──────  WELCOME: resumed (it holds that base), credit
-      BASE, if not resumed          ──────▶  recorded before anything that follows is applied
+            base, former                     something else: else REFUSED
+                                    ◀──────  WELCOME: which of the two it holds, credit
+      BASE                          ──────▶  the copy's name from now on, recorded before what follows is applied
       DATA, ZERO, PACKED … (seq 1, 2 …) ──▶  checked, applied in order where they overlap
       PROBE seq, digests            ──────▶  compared with what is there, in that order too
                                     ◀──────  PROBED seq: which pieces differ
@@ -96,29 +96,30 @@ class Refusal(IntEnum):
 @dataclass(frozen=True, slots=True)
 class Hello:
     """`session` is 16 random bytes that stay the same when a sync connects again. `base` names the copy that the
-    primary's log counts for: it lacks what is dirty there, no more; 0: there is none. `overwrite`: whatever other
-    copy the replica holds may be replaced."""
+    primary's log counts for: it lacks what is dirty there, no more; 0: there is none. It may still go by `former`,
+    if that is not 0. `overwrite`: whatever other copy the replica holds may be replaced."""
 
     version: int
     session: bytes
     size_bytes: int
     disk: str
     base: int
+    former: int
     overwrite: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Welcome:
-    """`resumed`: the replica holds the copy at the base of the HELLO. `credit_bytes`: how much may be sent beyond
-    what it has applied."""
+    """`base`: the name in the HELLO that the copy goes by; 0: it is none of them, and is made anew.
+    `credit_bytes`: how much may be sent beyond what it has applied."""
 
-    resumed: bool
+    base: int
     credit_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
 class Base:
-    """A copy begins anew, from nothing: what follows brings it to `base`."""
+    """What the copy is called from now on: what follows brings it to `base`."""
 
     base: int
 
@@ -321,7 +322,7 @@ def _decode_header(frame: Buffer) -> Message:
         raise ProtocolError("a header is not an array that begins with a known kind")
     kind, *values = values
     if kind == Kind.HELLO and values and type(values[0]) is int and values[0] != VERSION:
-        return Hello(values[0], bytes(CHECKSUM_BYTES), 0, "", 0, False)
+        return Hello(values[0], bytes(CHECKSUM_BYTES), 0, "", 0, 0, False)
     names = _NAMES[kind]
     if len(values) != len(names):
         raise ProtocolError(f"{Kind(kind).name} has {len(values)} fields, not {len(names)}")
@@ -355,9 +356,9 @@ def _is_valid(name: str, value: object) -> bool:
         return type(value) is bytes and len(value) <= MAX_MASK_BYTES
     if name in _TEXT_FIELDS:
         return type(value) is str and len(value) <= MAX_TEXT_CHARS
-    if name in ("resumed", "overwrite"):
+    if name == "overwrite":
         return type(value) is bool
-    if name == "base":
+    if name in ("base", "former"):
         return type(value) is int and 0 <= value <= MAX_BASE
     return type(value) is int and 0 <= value <= MAX_INT
 

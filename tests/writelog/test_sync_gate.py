@@ -190,9 +190,8 @@ def test_aborted_at_a_step(rig: Rig, script: Script, run: Run, step: Step) -> No
     assert rig.guest_goes_on() and rig.info()["fenced"] is None and not rig.info()["pinned"]
     assert not promoted
     assert rig.dirty_bytes() < 1 << 20
-    base = script.base
     assert rig.sync("--verify", "vm1", script.endpoint) == 0
-    assert script.base == base and promoted and rig.image.read_bytes() == script.memory
+    assert promoted and rig.image.read_bytes() == script.memory
 
 
 @pytest.mark.parametrize("step", [Step.CONFIRMED, Step.HANDED_OVER])
