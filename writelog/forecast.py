@@ -12,10 +12,9 @@ from typing import Final
 
 from writelog.dirtymap import CHUNK_BYTES
 from writelog.heat import Spread
+from writelog.plan import PROGRESS
 
 MAX_SWEEPS: Final = 1000
-PROGRESS: Final = 0.99
-"""A sweep that leaves more than this part of what the one before left gets nowhere."""
 
 
 @dataclass(frozen=True)

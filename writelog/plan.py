@@ -14,8 +14,12 @@ sweeps settle where
 
 If that is above the budget, or the pause has become no shorter for a while, the sync *escalates*, in small steps:
 first its own rate cap goes up, if it has one that may, then the guest's writes are slowed down, to a floor. If
-there is nothing left to do, and for `patience_s` nothing has become better, it gives up and says why. Times are
-seconds, rates bytes a second.
+there is nothing left to do, and for `patience_s` nothing has become better, it gives up and says why.
+
+A guest that writes W and is slowed down to w while R bytes are left, over a link of L, loses R·(W - w) / (L - w):
+the less the lower w is, if W is above L. So the guest is left alone as long as R becomes less by itself; then one
+step follows the other until the sync is predicted to be over in a small part of the time that it has taken. Times
+are seconds, rates bytes a second.
 """
 
 from __future__ import annotations
@@ -42,8 +46,16 @@ SETTLED_S: Final = 0.3
 NOTICEABLE: Final = 0.95
 """A prediction is better only if it is below this part of the best one so far."""
 MAX_FAILED_PAUSES: Final = 3
-HOPELESS_S, HOPEFUL_S = 1.0, 8.0
-"""Escalate after so long without improvement: if the prediction is above the budget, and if it is not."""
+HOPELESS_S: Final = 1.0
+"""From one step to the next, if the prediction is above the budget."""
+LITTLE_GAIN: Final = 0.15
+"""Of what is sent: if no more of it makes what is left less, waiting is not worth while."""
+HOPEFUL_S: Final = 8.0
+"""Without improvement, though the prediction is not above the budget."""
+SLOWED_PART: Final = 0.08
+"""Of the time of a sync: so long the guest may be slowed down before the next step is taken."""
+PROGRESS: Final = 0.99
+"""A sweep that leaves more than this part of what the one before left gets nowhere."""
 SWEEP_MIN_S, SWEEP_MAX_S, SWEEP_STEP = 0.001, 3600.0, 1.1
 RATE_STEP: Final = 1.25
 THROTTLE_STEP: Final = 0.9
@@ -106,6 +118,10 @@ class Outlook:
     can_escalate: bool = False
     escalated_s: float = math.inf
     """Since the last step."""
+    is_slowed: bool = False
+    """The guest is slowed down."""
+    converges_s: float = math.inf
+    """Until the pause fits, by prediction."""
 
     def with_pause(self, elapsed_s: float, paused_s: float | None, remaining_bytes: int) -> Outlook:
         """The same at a later time, of which only so much is known."""
@@ -156,15 +172,22 @@ def decide(outlook: Outlook, limits: Limits) -> Decision:
         return Decision(Action.SWITCH)
     if not outlook.first_pass_done or outlook.pause_s <= limits.downtime_s:
         return Decision(Action.COPY)
-    is_hopeless = outlook.best_pause_s is not None and outlook.best_pause_s > limits.downtime_s
-    due_s = HOPELESS_S if is_hopeless else HOPEFUL_S
-    if outlook.can_escalate and min(outlook.unimproved_s, outlook.escalated_s) >= due_s:
+    if outlook.can_escalate and _is_step_due(outlook, limits):
         return Decision(Action.ESCALATE)
     if outlook.unimproved_s > limits.patience_s:
         return Decision(Action.GIVE_UP, f"does not converge: {_figures(outlook)}, no better for "
                                         f"{outlook.unimproved_s:.0f} s",
                         f"allow more with --downtime {outlook.pause_s * 1.2:.2g}, or have the guest write less")
     return Decision(Action.COPY)
+
+
+def _is_step_due(outlook: Outlook, limits: Limits) -> bool:
+    if outlook.is_slowed and outlook.converges_s > SLOWED_PART * outlook.elapsed_s:
+        return True
+    if outlook.best_pause_s is not None and outlook.best_pause_s > limits.downtime_s:
+        gains_little = outlook.dirty_rate > (1 - LITTLE_GAIN) * (outlook.send_rate or 0.0)
+        return gains_little and outlook.escalated_s >= HOPELESS_S
+    return min(outlook.unimproved_s, outlook.escalated_s) >= HOPEFUL_S
 
 
 def _figures(outlook: Outlook) -> str:
@@ -182,6 +205,21 @@ def settled_pause_s(bytes_after: Callable[[float], float], send_rate: float, fix
             return sweep_s
         sweep_s *= SWEEP_STEP
     return math.inf
+
+
+def converges_s(bytes_after: Callable[[float], float], left_bytes: float, send_rate: float, fixed_s: float,
+                downtime_s: float) -> float:
+    """How long it takes until what is left of `left_bytes` fits into a pause, if a sweep of t seconds leaves
+    `bytes_after(t)`; infinite if the sweeps get nowhere before."""
+    elapsed_s = 0.0
+    while left_bytes / send_rate + fixed_s > downtime_s:
+        sweep_s = left_bytes / send_rate
+        elapsed_s += sweep_s
+        following_bytes = bytes_after(sweep_s)
+        if following_bytes > PROGRESS * left_bytes:
+            return math.inf
+        left_bytes = following_bytes
+    return elapsed_s
 
 
 def bytes_a_touch(spread: Spread, write_rate: float) -> float:

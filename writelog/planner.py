@@ -5,6 +5,7 @@ The caller has the clock and does the work, be it a real sync or a simulated one
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Final
 
@@ -156,10 +157,11 @@ class Planner:
                 seen.applied_seq == 0 and (seen.unacked_bytes > 0 or remaining_bytes > MAX_BLIND_BYTES)),
         )
         spread = self._backlog.spread
+        write_rate = min(self.outlook.write_rate, self.throttle or math.inf)
         # How fast the ends compare says nothing of the link.
         self.prospect = self.group.look(self._name, now_s, self.outlook, self._link_bytes,
                                         is_busy and not is_comparing, spread,
-                                        bytes_a_touch(spread, self.outlook.write_rate))
+                                        bytes_a_touch(spread, write_rate))
         return self.outlook
 
     def decide(self) -> Decision:

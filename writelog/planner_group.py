@@ -20,6 +20,7 @@ from typing import Final
 from tapcore.text import size_text
 from writelog.heat import Spread
 from writelog.plan import (
+    MARGIN,
     RATE_STEP,
     THROTTLE_STEP,
     Action,
@@ -28,11 +29,13 @@ from writelog.plan import (
     Limits,
     Meter,
     Outlook,
+    converges_s,
     decide,
     settled_pause_s,
 )
 
 RATE_WINDOW_S: Final = 2.0
+FLOOR_MARGIN: Final = 1.02
 SETTLED_AGE_S: Final = 0.3
 """So old may be what the sweeps of all disks are predicted to settle at."""
 
@@ -144,22 +147,30 @@ class GroupPlanner:
             failed_pauses=max(one.failed_pauses for one in known),
             is_untried=len(known) < len(self.disks) or any(one.is_untried for one in known),
             measures=self.measures(),
+            is_slowed=any(disk.throttle is not None for disk in self.disks.values()),
             escalated_s=now_s - self._escalated_s,
         )
         return replace(outlook, unimproved_s=self._improvement.unimproved_s(now_s, outlook.pause_s),
                        best_pause_s=self._best_pause_s(now_s, outlook, fixed_s),
+                       converges_s=self._converges_s(outlook, fixed_s),
                        can_escalate=self._can_step(outlook.send_rate))
+
+    def _bytes_after(self, elapsed_s: float) -> float:
+        return sum(disk.spread.bytes_after(elapsed_s, disk.touch_bytes) for disk in self.disks.values()
+                   if disk.spread is not None)
 
     def _best_pause_s(self, now_s: float, outlook: Outlook, fixed_s: float) -> float | None:
         if not outlook.send_rate:
             return None
         if now_s - self._settled[0] >= SETTLED_AGE_S:
-            def bytes_after(elapsed_s: float) -> float:
-                return sum(disk.spread.bytes_after(elapsed_s, disk.touch_bytes) for disk in self.disks.values()
-                           if disk.spread is not None)
-
-            self._settled = now_s, settled_pause_s(bytes_after, outlook.send_rate, fixed_s)
+            self._settled = now_s, settled_pause_s(self._bytes_after, outlook.send_rate, fixed_s)
         return self._settled[1]
+
+    def _converges_s(self, outlook: Outlook, fixed_s: float) -> float:
+        if not outlook.is_slowed or not outlook.send_rate:
+            return math.inf
+        return converges_s(self._bytes_after, outlook.remaining_bytes, outlook.send_rate, fixed_s,
+                           self.limits.downtime_s * MARGIN)
 
     def decide(self, name: str, outlook: Outlook) -> Decision:
         """What a disk's sync does now, whose last look gave that. ESCALATE: its rate and throttle have changed."""
@@ -194,7 +205,8 @@ class GroupPlanner:
             return True
         if not self.limits.may_throttle or not send_rate:
             return False
-        return sum(disk.write_rate for disk in self.disks.values()) > self._floor(send_rate)
+        # The floor may go by what is sent, which is never quite the same.
+        return sum(disk.write_rate for disk in self.disks.values()) > FLOOR_MARGIN * self._floor(send_rate)
 
     def _step(self, send_rate: float) -> None:
         self._steps += 1

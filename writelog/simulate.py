@@ -29,6 +29,8 @@ PIECE_BYTES: Final = 512 << 10
 TICK_S: Final = 0.005
 LOOK_S: Final = 0.1
 LONGEST_S: Final = 3600.0
+QUEUE_DEPTH: Final = 64
+"""Of the guest."""
 MAX_RANGES: Final = 1 << 20
 
 
@@ -120,8 +122,20 @@ class Outcome:
     predicted_pause_s: float = 0.0
     writes: int = 0
     delayed_writes: int = 0
+    lost_writes: int = 0
+    """For which the guest's queue had no room."""
     steps: list[str] = field(default_factory=list)
     """Of an escalation."""
+
+    @property
+    def delayed_percent(self) -> float:
+        """Of the guest's writes: those that had to wait, or that it did not get to."""
+        return 100 * (self.delayed_writes + self.lost_writes) / max(self.writes + self.lost_writes, 1)
+
+    @property
+    def extra_percent(self) -> float:
+        """Of what had to be sent."""
+        return 100 * self.extra_bytes / max(self.sent_bytes - self.extra_bytes, 1)
 
 
 @dataclass(slots=True)
@@ -210,9 +224,11 @@ class Simulation:
         for write in writes:
             if self._delayed or throttle.wait_s(self.now_s):
                 # A guest has so many writes under way and waits for them: it does not pile up more.
-                if len(self._delayed) < 64:
+                if len(self._delayed) < QUEUE_DEPTH:
                     self._delayed.append(write)
                     self.outcome.delayed_writes += 1
+                else:
+                    self.outcome.lost_writes += 1
             else:
                 throttle.take(write[1] * BLOCK_BYTES)
                 self._write(*write)

@@ -75,10 +75,9 @@ def main(arguments: Sequence[str]) -> int:
             if options.json:
                 print(json.dumps({"load": name, "order": order} | asdict(outcome)), flush=True)
                 continue
-            first_bytes = outcome.sent_bytes - outcome.extra_bytes
             text = ("switched" if outcome.equal else "LOST A WRITE") if outcome.switched else outcome.reason
-            print(f"{name:9}{order:9}{outcome.elapsed_s:7.1f} s{100 * outcome.extra_bytes / first_bytes:6.1f} %"
-                  f"{outcome.pause_s * 1000:6.0f} ms{100 * outcome.delayed_writes / max(outcome.writes, 1):7.1f} %"
+            print(f"{name:9}{order:9}{outcome.elapsed_s:7.1f} s{outcome.extra_percent:6.1f} %"
+                  f"{outcome.pause_s * 1000:6.0f} ms{outcome.delayed_percent:7.1f} %"
                   f"  {text} ({time.monotonic() - started_s:.1f} s to run)", flush=True)
     return 1 if lost else 0
 

@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from writelog.plan import Action, Improvement, Limits, Meter, Outlook, decide, flush_estimate_s
+from writelog.dirtymap import CHUNK_BYTES
+from writelog.heat import Spread
+from writelog.plan import (
+    SWEEP_STEP,
+    Action,
+    Improvement,
+    Limits,
+    Meter,
+    Outlook,
+    converges_s,
+    decide,
+    flush_estimate_s,
+    settled_pause_s,
+)
 
 MB = 1_000_000
 LIMITS = Limits(downtime_s=0.3, patience_s=60, max_pause_s=10)
@@ -64,6 +80,36 @@ def test_gives_up_when_it_does_not_converge_and_says_why() -> None:
     assert decide(replace(hopeless, first_pass_done=False), LIMITS).action == Action.COPY
     assert hopeless.eta_s is None
     assert CALM.eta_s == pytest.approx(10 / 99)
+
+
+def test_slows_the_guest_down_once_waiting_gains_little() -> None:
+    outlook = replace(CALM, remaining_bytes=500 * MB, best_pause_s=3.0, can_escalate=True)
+    assert decide(replace(outlook, dirty_rate=84e6), LIMITS).action == Action.COPY
+    assert decide(replace(outlook, dirty_rate=86e6), LIMITS).action == Action.ESCALATE
+    assert decide(replace(outlook, dirty_rate=86e6, can_escalate=False), LIMITS).action == Action.COPY
+    assert decide(replace(outlook, dirty_rate=86e6, first_pass_done=False), LIMITS).action == Action.COPY
+
+
+def test_once_slowed_down_it_is_to_be_over_soon() -> None:
+    outlook = replace(CALM, elapsed_s=50, remaining_bytes=500 * MB, best_pause_s=0.1, can_escalate=True,
+                      is_slowed=True, escalated_s=0.1)
+    assert decide(replace(outlook, converges_s=4.1), LIMITS).action == Action.ESCALATE
+    assert decide(replace(outlook, converges_s=3.9), LIMITS).action == Action.COPY
+
+
+@given(st.lists(st.tuples(st.integers(1, 10**5), st.floats(0.001, 10)), min_size=1, max_size=5),
+       st.floats(1e6, 1e9))
+def test_a_sync_that_converges_settles_below_the_budget(groups: list[tuple[int, float]], send_rate: float) -> None:
+    spread = Spread(groups)
+
+    def bytes_after(elapsed_s: float) -> float:
+        return spread.bytes_after(elapsed_s, CHUNK_BYTES)
+
+    left_bytes = spread.chunks * CHUNK_BYTES
+    if converges_s(bytes_after, left_bytes, send_rate, 0.01, 0.3) < math.inf:
+        assert settled_pause_s(bytes_after, send_rate, 0.01) <= 0.3 * SWEEP_STEP**2
+    slower = converges_s(bytes_after, left_bytes, send_rate / 2, 0.01, 0.3)
+    assert converges_s(bytes_after, left_bytes, send_rate, 0.01, 0.3) <= slower
 
 
 def test_gives_up_when_the_time_is_over_whatever_else() -> None:
