@@ -1,16 +1,13 @@
-"""`python -P killed_at.py MODULE:FUNCTION:WHEN:COUNT tapdisk-arguments…`: a tapdisk that is killed, as by kill -9,
-before or after it calls a function for the COUNT-th time."""
+"""`python -P killed_at.py [--program MODULE] MODULE:FUNCTION:WHEN:COUNT arguments…`: a tapdisk, or another
+program, that is killed, as by kill -9, before or after it calls a function for the COUNT-th time."""
 
 from __future__ import annotations
 
 import importlib
-import itertools
 import os
 import signal
 import sys
 from typing import Any
-
-from tapcore.tapdisk import main
 
 
 def arm(place: str) -> None:
@@ -20,14 +17,14 @@ def arm(place: str) -> None:
     for part in path:
         owner = getattr(owner, part)
     function = getattr(owner, name)
-    calls = itertools.count(1)
+    left = [int(count)]
 
     def call(*arguments: Any, **options: Any) -> Any:
-        is_due = next(calls) == int(count)
-        if is_due and when == "before":
+        left[0] -= 1
+        if left[0] == 0 and when == "before":
             os.kill(os.getpid(), signal.SIGKILL)
         result = function(*arguments, **options)
-        if is_due:
+        if left[0] == 0:
             os.kill(os.getpid(), signal.SIGKILL)
         return result
 
@@ -35,5 +32,10 @@ def arm(place: str) -> None:
 
 
 if __name__ == "__main__":
-    arm(sys.argv[1])
-    sys.exit(main(sys.argv[2:]))
+    arguments = sys.argv[1:]
+    program = "tapcore.tapdisk"
+    if arguments[0] == "--program":
+        program = arguments[1]
+        del arguments[:2]
+    arm(arguments[0])
+    sys.exit(importlib.import_module(program).main(arguments[1:]))
