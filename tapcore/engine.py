@@ -294,7 +294,8 @@ def _describe_log(log: Log) -> dict[str, Any]:
     ids = log.generations
     return {"name": log.log_name, "socket": str(log.socket_path),
             "sidecar": str(log.sidecar_path) if log.sidecar_path else None, "current": f"{ids.current:016x}",
-            "base": f"{ids.base:016x}", "history": [f"{name:016x}" for name in ids.history]}
+            "base": f"{ids.base:016x}", "former": f"{ids.former:016x}",
+            "history": [f"{name:016x}" for name in ids.history]}
 
 
 def default_name(chain: str) -> str:

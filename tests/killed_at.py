@@ -1,13 +1,16 @@
-"""`python -P killed_at.py [--program MODULE] MODULE:FUNCTION:WHEN:COUNT arguments…`: a tapdisk, or another
-program, that is killed, as by kill -9, before or after it calls a function for the COUNT-th time."""
+"""`python -P killed_at.py MODULE:FUNCTION:WHEN:COUNT tapdisk-arguments…`: a tapdisk that is killed, as by kill -9,
+before or after it calls a function for the COUNT-th time."""
 
 from __future__ import annotations
 
 import importlib
+import itertools
 import os
 import signal
 import sys
 from typing import Any
+
+from tapcore.tapdisk import main
 
 
 def arm(place: str) -> None:
@@ -17,14 +20,14 @@ def arm(place: str) -> None:
     for part in path:
         owner = getattr(owner, part)
     function = getattr(owner, name)
-    left = [int(count)]
+    calls = itertools.count(1)
 
     def call(*arguments: Any, **options: Any) -> Any:
-        left[0] -= 1
-        if left[0] == 0 and when == "before":
+        is_due = next(calls) == int(count)
+        if is_due and when == "before":
             os.kill(os.getpid(), signal.SIGKILL)
         result = function(*arguments, **options)
-        if left[0] == 0:
+        if is_due:
             os.kill(os.getpid(), signal.SIGKILL)
         return result
 
@@ -32,10 +35,5 @@ def arm(place: str) -> None:
 
 
 if __name__ == "__main__":
-    arguments = sys.argv[1:]
-    program = "tapcore.tapdisk"
-    if arguments[0] == "--program":
-        program = arguments[1]
-        del arguments[:2]
-    arm(arguments[0])
-    sys.exit(importlib.import_module(program).main(arguments[1:]))
+    arm(sys.argv[1])
+    sys.exit(main(sys.argv[2:]))

@@ -40,7 +40,6 @@ class Peer:
         self.env = env
         self.id = session_id
         self.base = 7
-        self.in_place = False
         self.seq = 0
         self.digest = RunningDigest()
         self.context = zmq.Context()
@@ -97,13 +96,12 @@ class Peer:
         return found[0]
 
     def hello(self, size_bytes: int = SIZE_BYTES, version: int = wire.VERSION) -> None:
-        self.send(Hello(version, self.id, size_bytes, "vm1", self.base, False, self.in_place))
+        self.send(Hello(version, self.id, size_bytes, "vm1", self.base, 0, False))
 
     def begin(self) -> Welcome:
         self.hello()
         welcome = self.expect(Welcome)
-        if not welcome.resumed:
-            self.send(Base(self.base))
+        self.send(Base(self.base))
         return welcome
 
     def is_welcome(self) -> bool:

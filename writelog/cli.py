@@ -164,6 +164,7 @@ def _stat(log: LogClient, options: argparse.Namespace) -> int:
     print(f"generation   {figures.generation:016x}")
     print(f"current      {figures.current:016x}")
     print(f"base         {figures.base:016x}")
+    print(f"former       {figures.former:016x}")
     return EXIT_OK
 
 

@@ -221,10 +221,11 @@ class LogClient:
         the name of the copy that lacks all of this; what is committed from now on, it has."""
         return self._call(Message(CLEAR, Version.LEASES, ClearOp.FILL))["next_sector"]
 
-    def adopt(self, base: int) -> None:
-        """What is committed from now on, the copy at `base` has. LogError (ESTALE) if that is not the log's base:
-        then what is dirty does not say what the copy lacks."""
-        self._call(Message(CLEAR, Version.LEASES, ClearOp.ADOPT, sector=base))
+    def adopt(self, held: int) -> int:
+        """What is committed from now on, the copy at `held` has, the log's base or former base. Returns its new
+        base, which the copy has to have noted down before the first commit. LogError (ESTALE) if the log counts
+        for another copy: then what is dirty does not say what this one lacks."""
+        return self._call(Message(CLEAR, Version.LEASES, ClearOp.ADOPT, sector=held))["next_sector"]
 
     def _look(self, message: Message, offset: int, stop: int | None) -> tuple[dict[str, int], int | None]:
         """Send `message` for [offset, stop), or up to the end of the disk; its RESULT, and where to go on."""

@@ -27,8 +27,9 @@ original's, whatever follows; 1 makes it a version 1 message:
 | `clrw` RECLAIM | which | as above          | as above     | the blocks touched are dirty again; "all" closes it |
 | `clrw` FILL    | 0     | 0                 | 0            | every block of the disk is dirty, durably, and the  |
 |                |       |                   |              | log has a new base: a full resync begins            |
-| `clrw` ADOPT   | 0     | 0                 | the base     | what is committed from now on, the copy at `base`   |
-|                |       |                   |              | has; ESTALE if the log counts for another one       |
+| `clrw` ADOPT   | 0     | 0                 | base, or     | what is committed from now on, the copy of that     |
+|                |       |                   | former       | name has, which is called by a new base from now    |
+|                |       |                   |              | on, durably; ESTALE if the log counts for another   |
 
 Sectors to look at are rounded outwards to whole blocks.
 
@@ -37,11 +38,13 @@ The reply is `done` or, if the message was refused, `fail`; the connection lives
 looks at nothing: `error`, an errno (EPROTONOSUPPORT for a version that is not known, EINVAL for an op or a sector,
 ENOENT for a lease of nobody or of somebody else, ENOSPC for too many leases); `lease`, that of a TAKE; `count`,
 ranges exported or blocks in the bitmap; `next_sector`, where the same message has to go on because the export area
-was full, or 0 when there is nothing more; of a FILL the new base.
+was full, or 0 when there is nothing more; of a FILL or an ADOPT the new base.
 
 The base is a name for the copy that the log counts for: it lacks what is dirty or leased, and nothing else, as
 long as only those clear bits who speak for it. So a COMMIT, `getw` or `clrw` of a connection that has sent neither
-FILL nor ADOPT takes the base away (it is 0 then), and the copy needs all of the disk.
+FILL nor ADOPT takes the base away (it is 0 then), and the copy needs all of the disk. After an ADOPT the copy may
+still go by the name before, `former`, until a COMMIT clears bits: by then it has to have noted down the new one,
+durably, so that no two states of it have the same name.
 
 A lease belongs to its connection: what is not committed when the connection ends is dirty again. A connection that
 has sent a version 1 `getw` or `clrw` holds the log until it ends: meanwhile those of others, also the original's,
@@ -145,6 +148,7 @@ class Figures:
     leases: int
     current: int
     base: int
+    former: int
     """See writelog.generations."""
 
     def encode(self) -> bytes:

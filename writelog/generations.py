@@ -5,16 +5,21 @@ https://linbit.com/drbd-user-guide/drbd-guide-9_0-en/#s-gi
     current   names the data that is written here now
     base      names the state that a copy elsewhere has or is being brought to: it lacks exactly what is dirty or
               leased in the log here. 0: the log says nothing about any copy
+    former    the base before this one, until the copy is known to have the new name: then it may have either
     history   former names, newest first
 
                      current  base  history
     a log is made       C       0    -
-    a full sync begins  C       B    -        the replica notes down B, then takes what is dirty
-    handed over         B       0    C        nothing was dirty: both sides have all of B
+    a full sync begins  C       A    -        the replica notes down A, then takes what is dirty
+    a later one         C       B    A        former: A, until bits are cleared; so the replica has noted down B
+    handed over         B       0    C, A     nothing was dirty: both sides have all of B
     the replica is
     promoted            D       B    -        and writes: the former primary, at B, is behind it
     the former one is
-    forced to go on     E       B    C        split: both come from B, and neither has what the other wrote
+    forced to go on     E       B    C, A     split: both come from B, and neither has what the other wrote
+
+Each sync renames the copy, at both ends and durably, before it changes it. So a log that was restored from a
+backup, or of a host that was cloned, names a copy that is no more, and is not believed what that one lacks.
 """
 
 from __future__ import annotations
@@ -61,10 +66,24 @@ class Generations:
     current: int
     base: int = 0
     history: tuple[int, ...] = ()
+    former: int = 0
+
+    def serves(self, held: int) -> bool:
+        """Whether the copy at `held` lacks what is dirty or leased here, and nothing else."""
+        return held != 0 and held in (self.base, self.former)
 
     def with_base(self, base: int) -> Generations:
         """From now on the log counts for a copy at `base`, or with 0 for none."""
-        return replace(self, base=base, history=_remember(self.history, self.base, base))
+        return replace(self, base=base, former=0, history=_remember(self.history, self.base, base))
+
+    def renewed(self, held: int, base: int) -> Generations:
+        """The copy at `held`, which this log serves, is to be called `base`."""
+        assert self.serves(held)
+        return replace(self.with_base(base), former=held)
+
+    def confirmed(self) -> Generations:
+        """The copy is known to have its new name."""
+        return replace(self, former=0)
 
     def completed(self) -> Generations:
         """The copy at `base` lacks nothing: both have it."""
@@ -98,4 +117,4 @@ def compare(own: Generations, peer: Generations) -> Relation:
 
 def log_serves(own: Generations, peer: Generations) -> bool:
     """Whether what is dirty or leased in the log of `own` is all that the copy `peer` lacks."""
-    return own.base != 0 and own.base == peer.current
+    return own.serves(peer.current)

@@ -258,10 +258,12 @@ class Connection:
 
     def _speak_for_base(self) -> Steps:
         """To be called before bits are cleared: if it is not for the copy at the base, there is no base any
-        more."""
+        more; if it is, the copy has that name by now."""
         ids = self._context.store.generations
         if ids.base not in (0, self._adopted):
             yield from self._context.rename(ids.with_base(0))
+        elif ids.former:
+            yield from self._context.rename(ids.confirmed())
 
     def _answer_original(self, message: Message, region: Region) -> Steps:
         """The original's messages. `getw` is a lease that lasts until its reply: if tapdisk or the client dies
@@ -318,12 +320,14 @@ class Connection:
             self._adopted = base
             region.put_result(next_sector=base)
         elif message.op == ClearOp.ADOPT:
-            if message.sector == 0 or message.sector != self._context.store.generations.base:
+            ids, base = self._context.store.generations, new_id()
+            if not ids.serves(message.sector):
                 raise LogError("the log counts for another copy", errno=errno.ESTALE)
-            self._adopted = message.sector
-            region.put_result()
+            yield from self._context.rename(ids.renewed(message.sector, base))
+            self._adopted = base
+            region.put_result(next_sector=base)
         else:
-            if message.op == ClearOp.COMMIT:
+            if message.op == ClearOp.COMMIT and self._lease(message.lease).windows:
                 yield from self._speak_for_base()
             self._settle(message)
             region.put_result(lease=message.lease)

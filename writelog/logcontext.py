@@ -71,7 +71,7 @@ class LogContext:
             granularity_bytes=dirty_map.dirty.granularity_bytes, sectors=dirty_map.sectors,
             generation=self.store.generation, dirty_blocks=dirty, leased_blocks=leased,
             in_flight=len(dirty_map.in_flight), clients=len(self.connections), leases=len(dirty_map.leases),
-            current=ids.current, base=ids.base)
+            current=ids.current, base=ids.base, former=ids.former)
 
     def rename(self, ids: Generations, *, all_dirty: bool = False) -> Steps:
         """Give the log other ids; LogError if that cannot be made durable."""

@@ -13,7 +13,9 @@ A log that did not exist starts empty, under a new generation number.
 Both carry a random *pairing*. If it is the same, the memory is as exact as when the last process ended, however
 that was, and counts. If not, the host was started anew, or the image was elsewhere: then the side-car counts, with
 all its hot extents dirty, and what else is marked in the memory besides. Where there was no side-car yet one is
-made. The ids (writelog.generations) are in both as well; should a crash leave them different, `base` is given up.
+made. The ids (writelog.generations) are in both as well, and in the side-car first: they count there. A change of
+ids without the side-car ends the pairing. One that does not know those in memory is older, from a backup maybe:
+then `base` is given up.
 """
 
 from __future__ import annotations
@@ -58,7 +60,7 @@ PAGE_BYTES = 4096
 HEADER = Layout(
     "log bitmap header", "<",
     "magic:8s version:I granularity_bytes:I size_bytes:Q generation:Q identity:16s "
-    "pairing:Q current:Q base:Q history:64s", size=136)
+    "pairing:Q current:Q base:Q history:64s former:Q", size=144)
 MAGIC = b"writelog"
 VERSION = 2
 
@@ -126,7 +128,8 @@ class LogStore:
         found = HEADER.unpack(self._map)
         if usable and all(found[field] == value for field, value in self._wanted.items()):
             self.generation = found["generation"]
-            self.generations = Generations(found["current"], found["base"], decode_names(found["history"]))
+            self.generations = Generations(found["current"], found["base"], decode_names(found["history"]),
+                                           found["former"])
             self._pairing = found["pairing"]
         elif not fresh:
             logger.warning("%s described another disk or was damaged: every block counts as dirty now; "
@@ -145,7 +148,7 @@ class LogStore:
     def _put_header(self) -> None:
         names = self.generations
         HEADER.pack_into(self._map, 0, generation=self.generation, pairing=self._pairing, current=names.current,
-                         base=names.base, history=encode_names(names.history), **self._wanted)
+                         base=names.base, former=names.former, history=encode_names(names.history), **self._wanted)
 
     # The side-car
 
@@ -179,8 +182,9 @@ class LogStore:
         """Take over what a side-car of this disk says, and have it say that it is open."""
         sectors: Sectors = ()
         if kept and self._pairing == record.pairing:
-            same = self.generations == record.generations
-            self.generations = record.generations if same else record.generations.with_base(0)
+            before, ids = self.generations.base, record.generations
+            is_later = before in (ids.current, ids.base, *ids.history)
+            self.generations = ids if is_later else ids.with_base(0)
         else:
             if not kept and self.map.dirty.bits.any():
                 self.map.dirty.bits.setall(0)
@@ -231,6 +235,7 @@ class LogStore:
             resume(code)
 
         if self.journal is None:
+            self._pairing = 0
             landed(0)
         else:
             self.journal.change(generations, landed, all_dirty=all_dirty)

@@ -19,7 +19,6 @@ from writelog.migrate_check import (
     capabilities_to_set,
     check_disks,
     check_memory_uri,
-    parse_disks,
 )
 from writelog.migrate_qmp import Monitor, parse_monitor
 from writelog.migrate_report import MigrationReporter
@@ -29,6 +28,9 @@ from writelog.migrate_undo import Settings
 from writelog.plan import Limits
 from writelog.replica import run_command, seconds, some_seconds
 from writelog.sync import floor, rate
+from writelog.sync_control import Wishes
+from writelog.sync_disks import parse_disks
+from writelog.sync_group import DiskGroup
 from writelog.sync_keys import add_key_options, check_key_options, find_peer
 from writelog.sync_source import Source
 
@@ -72,17 +74,17 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--max-pause", type=some_seconds, default=10.0, metavar="S",
                         help="break a switch-over off that takes longer (default: %(default)g s)")
     parser.add_argument("--patience", type=seconds, default=60.0, metavar="S",
-                        help="give up when a disk's predicted pause gets no shorter for so long, or the memory no "
-                             "nearer to its end (default: %(default)g)")
+                        help="give up when the disks' predicted pause gets no shorter for so long, or the memory "
+                             "no nearer to its end (default: %(default)g)")
     parser.add_argument("--rate", type=rate, metavar="RATE",
-                        help="send each disk no faster, such as 40M (bytes a second)")
+                        help="send the disks together no faster, such as 40M (bytes a second)")
     parser.add_argument("--max-rate", type=rate, metavar="RATE",
-                        help="how far --rate may be raised, if a disk would not converge otherwise")
+                        help="how far --rate may be raised, if the disks would not converge otherwise")
     parser.add_argument("--memory-rate", type=rate, metavar="RATE",
                         help="send the memory no faster (default: as QEMU's max-bandwidth is set)")
     parser.add_argument("--throttle-floor", type=floor, metavar="RATE",
-                        help="slow the guest's writes down to this at the least, if a disk would not converge, or "
-                             "'off': never, nor its processors (default: half of what is sent)")
+                        help="slow the guest's writes down to this at the least, if the disks would not converge, "
+                             "or 'off': never, nor its processors (default: half of what is sent)")
     parser.add_argument("--max-time", type=seconds, metavar="S",
                         help="give up when the disks are not handed over after so long")
     parser.add_argument("--peer-timeout", type=some_seconds, default=10.0, metavar="S",
@@ -157,8 +159,8 @@ def run(options: argparse.Namespace) -> int:
                 stack.enter_context(closing(Monitor(options.dest_qmp))) if options.dest_qmp else None)
             destination.prepare(options.to, options.tls_creds, monitor)
             was_running = bool(monitor.call("query-status")["running"])
-            migration = Migration(monitor, destination, memory_move, run_dir, sources, peers, limits, reporter,
-                                  overwrite=options.overwrite, was_running=was_running)
+            group = DiskGroup(sources, peers, Wishes(limits), overwrite=options.overwrite)
+            migration = Migration(monitor, destination, memory_move, run_dir, group, reporter, was_running)
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 if signal.getsignal(number) is not signal.SIG_IGN:  # as by nohup
                     signal.signal(number, migration.interrupt)

@@ -3,33 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from itertools import pairwise
 from typing import Any
 
 from tapcore.text import size_text
 from writelog.migrate_memory import Memory
-from writelog.sync_report import Progress, Report, Reporter
-
-
-class DiskReporter(Reporter):
-    """Keeps what one disk's sync tells, for whoever asks, in another thread."""
-
-    def __init__(self) -> None:
-        super().__init__("plain")
-        self.last: Progress | None = None
-
-    def state(self, state: str, detail: str = "") -> None:
-        self._state = state
-
-    def progress(self, progress: Progress) -> None:
-        self.last = progress
-
-    def figures(self) -> dict[str, Any]:
-        return {"state": self.current} | (asdict(self.last) if self.last is not None else {})
-
-    def __str__(self) -> str:
-        last = self.last
-        return self.current if last is None else f"{self.current}, remaining {size_text(last.remaining_bytes)}"
+from writelog.sync_group_report import DiskReporter
+from writelog.sync_report import Report, Reporter
 
 
 class MigrationReporter(Reporter):
@@ -76,25 +55,3 @@ class MigrationReport:
             f"  downtime {self.downtime_s * 1000:.1f} ms: {parts}",
         ]
         return [*lines, f"  but      {self.warning}"] if self.warning else lines
-
-
-def downtime_parts(marks: dict[str, float], disks: list[Report]) -> dict[str, float]:
-    """The parts of the guest's stop, from when each of its steps ended (`marks`, the first is its beginning). The
-    last round is split as its slowest disk has it."""
-    names = list(marks)
-    parts = {name: marks[name] - marks[before] for before, name in pairwise(names)}
-    slowest = max(disks, key=lambda disk: sum(_round_of(disk).values()), default=None)
-    if slowest is None or "last round" not in parts:
-        return parts
-    split: dict[str, float] = {}
-    for name, seconds in parts.items():
-        if name == "last round":
-            own = _round_of(slowest)
-            split |= {"wake": max(seconds - sum(own.values()), 0.0)} | own
-        else:
-            split[name] = seconds
-    return split
-
-
-def _round_of(disk: Report) -> dict[str, float]:
-    return {name: disk.pause_parts_s.get(name, 0.0) for name in ("quiesce", "send", "flush")}

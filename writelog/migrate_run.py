@@ -8,29 +8,26 @@ lets it run on here; from then on its disks are at the destination, those here a
 from __future__ import annotations
 
 import contextlib
-import threading
+import json
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from tapcore.errors import ReplicationError, WritelogError
 from writelog.migrate_check import ENDED_BADLY, STOPPED, UNDER_WAY
-from writelog.migrate_guard import Guard
 from writelog.migrate_memory import Memory, Patience, memory_of
 from writelog.migrate_plan import FINAL, NO_RETURN, PAUSED, TABLE, Action, Event, State, fate_here, how_to_go_back
 from writelog.migrate_qmp import Monitor, MonitorError, Refusal
-from writelog.migrate_report import DiskReporter, MigrationReport, MigrationReporter, downtime_parts
+from writelog.migrate_report import MigrationReport, MigrationReporter
 from writelog.migrate_there import Destination
 from writelog.migrate_undo import Settings, cancel_memory, status_of, stop_guest
-from writelog.plan import Limits
-from writelog.sync_gate import Aborted, Gate, Group, Step
-from writelog.sync_link import Peer
+from writelog.sync_gate import Aborted, Step
+from writelog.sync_group import DiskGroup
+from writelog.sync_group_report import downtime_parts
+from writelog.sync_guard import Guard
 from writelog.sync_report import STALLED, Report
-from writelog.sync_run import Sync
-from writelog.sync_source import Source
-from writelog.sync_stop import Interrupted
 
 POLL_S: Final = 0.05
 PAUSED_POLL_S: Final = 0.005
@@ -43,8 +40,6 @@ MOVE_S: Final = 120.0
 """Longest wait for the rest of the memory to be sent, and the guest to start."""
 MAX_RECONNECTIONS: Final = 10
 """To a monitor, in one migration."""
-JOIN_S: Final = 60.0
-"""Longest wait for a sync to give up."""
 
 
 class Fault(Exception):
@@ -60,58 +55,25 @@ class MemoryMove:
     former: Settings
 
 
-class DiskSync:
-    """One disk's sync, in a thread of its own."""
-
-    def __init__(self, source: Source, peer: Peer, limits: Limits, gate: Gate, overwrite: bool) -> None:
-        self.report: Report | None = None
-        self.error: WritelogError | None = None
-        self.reporter = DiskReporter()
-        self._source = source
-        self._sync = Sync(source, peer, limits, self.reporter, overwrite=overwrite, gate=gate)
-        self._thread = threading.Thread(target=self._run, name=source.name, daemon=True)
-        self.start = self._thread.start
-
-    def _run(self) -> None:
-        try:
-            self.report = self._sync.run()
-        except WritelogError as error:
-            self.error = error
-        except Interrupted:
-            self.error = ReplicationError(f"the sync of disk {self._source.name!r} was cancelled")
-        except BaseException as error:
-            self.error = ReplicationError(f"the sync of disk {self._source.name!r} failed: {error!r}")
-            raise
-
-    def join(self) -> bool:
-        """Wait for its end, which is to be near; whether it came."""
-        if self._thread.ident is not None:
-            self._thread.join(JOIN_S)
-        return not self._thread.is_alive()
-
-
 class Migration:
-    """Of one guest. `peers` has the replica of each source."""
+    """Of one guest with its disks, `group`."""
 
     def __init__(self, monitor: Monitor, destination: Destination, memory_move: MemoryMove, run_dir: Path,
-                 sources: Mapping[str, Source], peers: Mapping[str, Peer], limits: Limits,
-                 reporter: MigrationReporter, *, overwrite: bool, was_running: bool) -> None:
+                 group: DiskGroup, reporter: MigrationReporter, was_running: bool) -> None:
         self._interrupted = False
         self.state = State.DISKS
         self._monitor = monitor
         self._destination = destination
         self._memory_move = memory_move
         self._run_dir = run_dir
-        self._peers = peers
-        self._limits = limits
         self._reporter = reporter
         self._was_running = was_running
-        self._group = Group(peers)
-        self._disks = {name: DiskSync(source, peers[name], limits, self._group.gates[name], overwrite)
-                       for name, source in sources.items()}
+        self._group = group
+        self._gates = group.gates
+        self._disks = group.disks
         self._guard: Guard | None = None
         self._memory: Memory | None = None
-        self._patience = Patience(limits.patience_s, 0.0)
+        self._patience = Patience(group.wishes.limits.patience_s, 0.0)
         self._has_shut_down = False
         self._asked_s = 0.0
         self._start_s = time.monotonic()
@@ -129,10 +91,10 @@ class Migration:
 
     def run(self) -> MigrationReport:
         """To the end. ReplicationError if the guest does not run at the destination; it says where it is."""
+        outcome: dict[str, Any] | WritelogError = ReplicationError("the migration failed")
         try:
             self._reporter.state(self.state.value)
-            for disk in self._disks.values():
-                disk.start()
+            self._group.start()
             while self.state not in FINAL:
                 try:
                     self._go_on(self._next())
@@ -143,14 +105,20 @@ class Migration:
                     if isinstance(error, Refusal) or not self._finds_monitor_again():
                         self._fault = error.message
                         self._go_on(Event.FAULT)
-            return self._report()
+            report = self._report()
+            outcome = report.figures()
+            return report
+        except WritelogError as error:
+            outcome = error
+            raise
         finally:
-            self._group.abort("the migration failed")
+            self._gates.abort("the migration failed")
             if self._guard is not None:
                 self._guard.close(self.state in FINAL)
             if self.state is not State.STRANDED:  # then a sync may still try to have its replica promoted
                 for disk in self._disks.values():
                     disk.join()
+            self._group.close(outcome)
 
     def interrupt(self, *_: object) -> None:
         """Give up, if that is still possible. For signal handlers."""
@@ -179,15 +147,19 @@ class Migration:
     def _next(self) -> Event | None:
         """What has happened, if anything did after a short while. Fault or MonitorError if it is a reason not to
         go on."""
+        self._group.state = self.state.value
+        self._group.turn()
+        self._interrupted |= self._group.wishes.is_cancelled
         if self._interrupted and self.state not in NO_RETURN:
             raise Fault("interrupted")
         for name, disk in self._disks.items():
             if disk.error is not None:
                 raise Fault(f"disk {name!r}: {disk.error}")
-        group, state = self._group, self.state
+        group, state = self._gates, self.state
         in_state_s = time.monotonic() - self._state_s
-        if state in PAUSED and time.monotonic() - self._marks["begin"] > self._limits.max_pause_s:
-            raise Fault(f"the guest has stood still for {self._limits.max_pause_s:g} s, while {self._laggards()}")
+        max_pause_s = self._group.wishes.limits.max_pause_s
+        if state in PAUSED and time.monotonic() - self._marks["begin"] > max_pause_s:
+            raise Fault(f"the guest has stood still for {max_pause_s:g} s, while {self._laggards()}")
         if state is State.DISKS:
             self._take_events(POLL_S)
             return Event.READY if group.have(Step.READY) else None
@@ -212,12 +184,12 @@ class Migration:
 
     def _laggards(self) -> str:
         waiting = [f"{name} was {disk.reporter.current}" for name, disk in self._disks.items()
-                   if self._group.gates[name].reached < Step.CONFIRMED]
+                   if self._gates.gates[name].reached < Step.CONFIRMED]
         return ", ".join(waiting) or "it was handed over"
 
     def _wait_for(self, step: Step) -> bool:
         """Whether all syncs have come to `step` after a short while."""
-        if self._group.wait(step, PAUSED_POLL_S):
+        if self._gates.wait(step, PAUSED_POLL_S):
             return True
         self._take_events(0)
         return False
@@ -230,7 +202,7 @@ class Migration:
             raise Fault(complaint)
         assert self._guard is not None
         self._guard.promoting()
-        return self._group.allow(Step.PROMOTED)
+        return self._gates.allow(Step.PROMOTED)
 
     def _take_events(self, wait_s: float) -> str:
         """The last status of the migration that QEMU tells of in what happens within `wait_s`; "" if it tells of
@@ -303,13 +275,14 @@ class Migration:
     def _copy_memory(self) -> None:
         if complaint := self._destination.complaint():
             raise Fault(complaint)
-        self._guard = Guard(self._monitor.name, self._run_dir,
-                            {name: peer.endpoint for name, peer in self._peers.items()}, self._memory_move.former,
-                            self._was_running)
+        former = json.dumps(asdict(self._memory_move.former))
+        self._guard = Guard(self._run_dir, self._group.endpoints, "writelog.migrate_guard",
+                            ["--qmp", self._monitor.name, "--former", former,
+                             *(["--running"] if self._was_running else [])])
         self._begin_memory()
 
     def _begin_memory(self) -> None:
-        self._patience = Patience(self._limits.patience_s, time.monotonic())
+        self._patience = Patience(self._group.wishes.limits.patience_s, time.monotonic())
         self._memory_move.settings.apply(self._monitor)
         self._monitor.call("migrate", uri=self._memory_move.uri)
 
@@ -329,7 +302,7 @@ class Migration:
 
     def _undo(self) -> None:
         """Have the guest run on here."""
-        self._group.abort(self._fault)
+        self._gates.abort(self._fault)
         problems: list[str] = []
         try:
             self._cancel_memory()
@@ -373,11 +346,12 @@ class Migration:
             self.state = State.DONE
             self._finish()
             return
-        promoted = [name for name, gate in self._group.gates.items() if gate.reached is Step.PROMOTED]
+        promoted = [name for name, gate in self._gates.gates.items() if gate.reached is Step.PROMOTED]
         there = self._destination.told
         raise ReplicationError(
             f"{self._fault}; all disks were handed over, and the replicas of {', '.join(promoted) or 'none'} have "
-            f"said that they are promoted{there and '; '}{there}", hint=how_to_go_back(self._peers, was_sent))
+            f"said that they are promoted{there and '; '}{there}",
+            hint=how_to_go_back(self._group.endpoints, was_sent))
 
     def _report(self) -> MigrationReport:
         reports: list[Report] = []

@@ -1,21 +1,19 @@
-"""How a migration that is not to be is undone: QEMU's part of it, and the disks of one whose program died."""
+"""How a migration that is not to be is undone: QEMU's part of it."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
 
-from tapcore.control import find_disk
-from tapcore.errors import ControlError, ReplicationError
+from tapcore.errors import ReplicationError
 from writelog.migrate_check import UNDER_WAY
 from writelog.migrate_qmp import Monitor
 
 POLL_S: Final = 0.02
 SETTLE_S: Final = 10.0
-"""Longest wait for QEMU, or a tapdisk, to have done what it was told to."""
+"""Longest wait for QEMU to have done what it was told to."""
 STOP_S: Final = 2.0
 """Longest wait for QEMU to start a guest after a failure, and to say that it is stopped."""
 STANDS_STILL: Final = frozenset({"paused", "postmigrate", "finish-migrate"})
@@ -73,20 +71,3 @@ def stop_guest(monitor: Monitor) -> None:
             return
         monitor.events(POLL_S)
     monitor.call("stop")
-
-
-def free_disk(run_dir: Path, name: str, endpoint: str) -> None:
-    """Let a disk go on whose sync was killed before its replica was told anything. WritelogError if it cannot."""
-    deadline_s = time.monotonic() + SETTLE_S
-    with find_disk(run_dir, name) as control:
-        while True:
-            info = control.call("info", disk=name)
-            if str(info["fenced"]).endswith(f" {endpoint}"):
-                control.call("unpause", disk=name, force=True)
-                return
-            if info["state"] == "running":
-                return
-            if time.monotonic() > deadline_s:
-                raise ControlError(f"disk {name!r} is {info['state']}",
-                                   hint=f"tap-ctl unpause {name} lets it go on")
-            time.sleep(POLL_S)

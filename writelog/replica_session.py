@@ -29,9 +29,7 @@ from writelog.wire import (
     ContentDigest,
     Data,
     Digest,
-    Epoch,
     Failure,
-    Kept,
     Message,
     Packed,
     Probe,
@@ -63,20 +61,8 @@ class Owner(Protocol):
 
     promoted: bool
 
-    @property
-    def kept(self) -> Kept: ...
-
     def session_based(self, base: int) -> None:
-        """A copy begins anew: record it, durably. ReplicationError if that cannot be done."""
-
-    def session_writes(self) -> None:
-        """An extent is about to be applied. WritelogError if it must not be."""
-
-    def session_epoch(self, message: Epoch, done: Callable[[WritelogError | None], None]) -> None:
-        """The copy is that of one instant: `done(error)` when it stays so whatever happens."""
-
-    def why_full(self) -> WritelogError | None:
-        """Why an extent did not fit, if it is the replica's own limit."""
+        """The copy has a new name: record it, durably. ReplicationError if that cannot be done."""
 
     def session_confirmed(self, digest: bytes | None) -> None:
         """The digest of the last barrier; None as soon as anything follows it."""
@@ -93,9 +79,9 @@ class Session:
     """`send` takes messages for the sync; `size_bytes` is the disk's."""
 
     def __init__(self, loop: Loop, applier: Applier, size_bytes: int, send: Callable[[Message], None],
-                 owner: Owner, is_based: bool) -> None:
+                 owner: Owner) -> None:
         self.state = WAITING
-        self._is_based = is_based
+        self._is_based = False
         """Whether it is known what the extents make a copy of."""
         self.received_bytes = 0
         self._loop = loop
@@ -123,16 +109,12 @@ class Session:
         self._alive_timer: Timer | None = None
         self._verification: _Verification | None = None
 
-    def welcome(self, journal_bytes: int | None) -> None:
-        """Begin, unless the connection has gone meanwhile. `journal_bytes`: None without a journal."""
+    def welcome(self, base: int) -> None:
+        """Begin, unless the connection has gone meanwhile."""
         if self.state == WAITING:
             self.state = OPEN
-            self._send(Welcome(self._is_based, CREDIT_BYTES, journal_bytes is not None, journal_bytes or 0))
-
-    def refuse(self, error: WritelogError) -> None:
-        """It cannot begin."""
-        if self.state == WAITING:
-            self._fail(error)
+            self._send(Welcome(base, CREDIT_BYTES))
+            self._stay_alive()
 
     def end(self) -> None:
         """The connection is gone, or another one takes its place. What is in flight ends by itself."""
@@ -164,7 +146,6 @@ class Session:
             self._on_data(message, unpack(message, payload))
         elif isinstance(message, Zero):
             self._accept(message)
-            self._owner.session_writes()
             self._applier.zero(message.offset, message.length, partial(self._ended_one, message))
         elif isinstance(message, Probe):
             self._on_probe(message)
@@ -178,11 +159,10 @@ class Session:
             self._advance(message.seq)
         elif isinstance(message, Verify):
             self._must_be_confirmed("VERIFY")
+            if self._verification is not None:
+                raise ProtocolError("VERIFY came while the disk is read for another one")
             self._verification = _Verification(self._loop, self._applier, self._size_bytes, self._verified)
             self._verification.turn()
-        elif isinstance(message, Epoch):
-            self._must_be_confirmed("EPOCH")
-            self._owner.session_epoch(message, self._epoch_ended)
         elif isinstance(message, Promote):
             self._must_be_confirmed("PROMOTE")
             self._send(Promoted(self._owner.promote(message.digest)))
@@ -200,14 +180,13 @@ class Session:
     def _must_be_confirmed(self, what: str) -> None:
         if not self._confirmed:
             raise ProtocolError(f"{what} came without a confirmed barrier right before it")
-        if self._verification is not None:
-            raise ProtocolError(f"{what} came while the disk is read for a VERIFY")
 
     # Extents
 
     def _on_base(self, message: Base) -> None:
-        if self._is_based or not message.base:
-            raise ProtocolError("BASE came where no copy begins")
+        if not message.base:
+            raise ProtocolError("BASE names no copy")
+        self._must_not_be_promoted()
         self._owner.session_based(message.base)
         self._is_based = True
 
@@ -216,7 +195,6 @@ class Session:
             raise ReplicationError(f"{message.length} bytes were damaged on the way: their checksum is wrong",
                                    errno=errno.EBADMSG, offset=message.offset, hint="nothing of them was written")
         self._accept(message)
-        self._owner.session_writes()
         self._applier.write(message.offset, memoryview(payload), partial(self._ended_one, message))
 
     def _on_probe(self, probe: Probe) -> None:
@@ -245,12 +223,15 @@ class Session:
             raise ProtocolError(f"an extent of {message.length} bytes goes beyond the disk's {self._size_bytes}",
                                 offset=message.offset)
         if not self._is_based:
-            raise ProtocolError("an extent came before BASE", offset=message.offset)
-        if self._owner.promoted:
-            raise ReplicationError("the replica was promoted: it takes no extents any more", errno=errno.EPERM)
+            raise ProtocolError("an extent came before BASE", errno=errno.EBADMSG, offset=message.offset)
+        self._must_not_be_promoted()
         self._next_seq(message.seq)
         self._digest.add(message)
         self.received_bytes += message.length
+
+    def _must_not_be_promoted(self) -> None:
+        if self._owner.promoted:
+            raise ReplicationError("the replica was promoted: it takes no extents any more", errno=errno.EPERM)
 
     def _next_seq(self, seq: int) -> None:
         if seq != self._last_seq + 1:
@@ -265,9 +246,8 @@ class Session:
             return
         if code:
             what = "zero" if isinstance(message, Zero) else "write"
-            error = ReplicationError(f"the replica cannot {what} {message.length} bytes: {os.strerror(code)}",
-                                     errno=code, offset=message.offset)
-            self._fail(self._owner.why_full() or error)
+            self._fail(ReplicationError(f"the replica cannot {what} {message.length} bytes: {os.strerror(code)}",
+                                        errno=code, offset=message.offset))
             return
         self._unflushed_bytes += message.length
         self._advance(message.seq)
@@ -337,22 +317,13 @@ class Session:
 
     def _send_ack(self) -> None:
         self._ack_due = False
-        if self.state != OVER:
+        if self.state == OPEN:
             self._send(Ack(self._applied, self._durable, self._flush_ns, self._flush_bytes))
 
-    def stay_alive(self) -> None:
-        """Show now and then that somebody is here, also as long as it cannot begin."""
-        if self.state != OVER:
+    def _stay_alive(self) -> None:
+        if self.state == OPEN:
             self._send_ack()
-            self._alive_timer = self._loop.call_later(ALIVE_INTERVAL_S, self.stay_alive)
-
-    def _epoch_ended(self, error: WritelogError | None) -> None:
-        if self.state == OVER:
-            return
-        if error is not None:
-            self._fail(error)
-        else:
-            self._send(self._owner.kept)
+            self._alive_timer = self._loop.call_later(ALIVE_INTERVAL_S, self._stay_alive)
 
     def _verified(self, code: int, digest: bytes) -> None:
         self._verification = None

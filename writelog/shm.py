@@ -50,7 +50,7 @@ RESULT = Layout("version 1 result", "<", "version:I error:I lease:I count:I next
 FIGURES = Layout(
     "log figures", "<",
     "version:I granularity_bytes:I sectors:Q generation:Q dirty_blocks:Q leased_blocks:Q "
-    "in_flight:I clients:I leases:I :12x current:Q base:Q :16x", size=96)
+    "in_flight:I clients:I leases:I :12x current:Q base:Q former:Q :8x", size=96)
 """At the start of the export area after `peek` FIGURES; see writelog.control.Figures."""
 
 MAX_NAME_LENGTH = 100

@@ -45,7 +45,7 @@ EXTENT_SHIFT: Final = EXTENT_BYTES.bit_length() - 1
 RECORD = Layout(
     "side-car record", "<",
     "checksum:Q magic:8s version:I granularity_bytes:I size_bytes:Q sequence:Q epoch:Q flags:I hot:I "
-    "pairing:Q log_generation:Q current:Q base:Q history:64s :104x", size=256)
+    "pairing:Q log_generation:Q current:Q base:Q history:64s former:Q :96x", size=256)
 """`checksum` covers all that follows it, hot extents included: u32 numbers, `hot` of them."""
 MAX_HOT: Final = (SLOT_BYTES - RECORD.size) // 4
 
@@ -96,7 +96,8 @@ class Record:
             checksum=0, magic=MAGIC, version=VERSION, granularity_bytes=self.granularity_bytes,
             size_bytes=self.size_bytes, sequence=self.sequence, epoch=self.epoch, flags=self.flags,
             pairing=self.pairing, log_generation=self.log_generation, current=self.generations.current,
-            base=self.generations.base, history=history, hot=len(self.hot))[_CHECKSUM_BYTES:] + hot
+            base=self.generations.base, former=self.generations.former, history=history,
+            hot=len(self.hot))[_CHECKSUM_BYTES:] + hot
         data = xxhash.xxh3_64_intdigest(rest).to_bytes(_CHECKSUM_BYTES, "little") + rest
         return data.ljust(-(-len(data) // SECTOR.size) * SECTOR.size, b"\0")
 
@@ -112,7 +113,7 @@ class Record:
         return cls(
             fields["granularity_bytes"], fields["size_bytes"], fields["sequence"], fields["epoch"],
             Flag(fields["flags"]), fields["pairing"], fields["log_generation"],
-            Generations(fields["current"], fields["base"], decode_names(fields["history"])),
+            Generations(fields["current"], fields["base"], decode_names(fields["history"]), fields["former"]),
             tuple(_swapped(array("I", slot[RECORD.size : end]))))
 
 

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -78,7 +78,11 @@ def steer(op: str, options: argparse.Namespace) -> int:
 
 
 def describe(status: dict[str, Any]) -> str:
-    """A status, or a report, for people."""
+    """A status, or a report, for people. One of several disks has a line for each, and one for all."""
+    if "disks" in status:
+        whole = {"disk": "all", "replica": f"{len(status['disks'])} replicas"} | status
+        del whole["disks"]
+        return "\n".join(describe(one) for one in (*status["disks"].values(), whole))
     if "handed_over" in status:
         outcome = "handed over" if status["handed_over"] else "the replica has a consistent copy"
         return (f"{status['disk']} -> {status['replica']}: {outcome}, {size_text(status['sent_bytes'])} sent, "
@@ -93,13 +97,15 @@ def describe(status: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def start(arguments: Sequence[str], options: argparse.Namespace) -> int:
+def start(arguments: Sequence[str], disks: Iterable[str], options: argparse.Namespace) -> int:
     """Run a sync in the background, with the arguments of one in the foreground; returns when it answers."""
     run_dir = options.run_dir or default_run_dir()
-    if running := list(running_syncs(run_dir, options.disk, options.log)):
-        raise ControlError(f"a sync of disk {options.disk!r} is running already", errno=errno.EEXIST,
-                           path=str(running[0]), hint=f"writelog-sync status {options.disk} tells where it is")
-    out = run_dir / f"sync:{options.disk}.log"
+    for disk in disks:
+        if running := list(running_syncs(run_dir, disk, options.log)):
+            raise ControlError(f"a sync of disk {disk!r} is running already", errno=errno.EEXIST,
+                               path=str(running[0]), hint=f"writelog-sync status {disk} tells where it is")
+    first = next(iter(disks))
+    out = run_dir / f"sync:{first}.log"
     with out.open("ab") as log:
         process = subprocess.Popen([sys.executable, "-m", "writelog.sync", *arguments, "--json"],
                                    stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
@@ -111,7 +117,7 @@ def start(arguments: Sequence[str], options: argparse.Namespace) -> int:
                 break
             raise ControlError(lines[-1].removeprefix("writelog-sync: "), path=str(out))
         try:
-            find_sync(run_dir, options.disk, options.log)
+            find_sync(run_dir, first, options.log)
             break
         except ControlError:
             time.sleep(LOOK_S)

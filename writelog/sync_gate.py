@@ -87,6 +87,8 @@ class Group:
             self.allowed = Step.READY
             self.broken_off += 1
             self.reason = reason
+            for gate in self.gates.values():
+                gate.leave()
             self._tell()
             return True
 
@@ -140,8 +142,14 @@ class Gate:
         with self._group.changed:
             if step <= Step.READY:
                 self._round = None
-            self.reached = step
+            if self._round in (None, self._group.broken_off):
+                self.reached = step
             self._group.changed.notify_all()
+
+    def leave(self) -> None:
+        """The switch-over is broken off; the sync will hear of it. Called by the group, which holds its lock."""
+        if self._round is not None:
+            self.reached = Step.COPYING
 
     def enter(self) -> bool:
         """Whether the sync is in sync and may switch over; from then on it takes part."""

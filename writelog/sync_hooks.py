@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -17,27 +18,29 @@ TIMEOUT_S: Final = 60.0
 
 @dataclass(frozen=True)
 class Hooks:
-    """Executables, each called with the disk's name and the replica's address. One that fails before the switch
-    stops the sync; one that fails after it is told, and changes nothing."""
+    """Executables, called with the name of each disk and the address of its replica. One that fails before the
+    switch stops the sync; one that fails after it is told, and changes nothing."""
 
     before_switch: str | None = None
     after_switch: str | None = None
 
-    def before(self, disk: str, replica: str) -> None:
-        if self.before_switch is not None and (failure := _run(self.before_switch, disk, replica)):
+    def before(self, disks: Mapping[str, str]) -> None:
+        if self.before_switch is not None and (failure := _run(self.before_switch, disks)):
             raise ReplicationError(f"the hook before the switch-over {failure}", path=self.before_switch,
-                                   hint="the disk runs on here")
+                                   hint="the guest goes on here")
 
-    def after(self, disk: str, replica: str) -> None:
-        if self.after_switch is not None and (failure := _run(self.after_switch, disk, replica)):
+    def after(self, disks: Mapping[str, str]) -> None:
+        if self.after_switch is not None and (failure := _run(self.after_switch, disks)):
             logger.error("%s: the hook after the switch-over %s", self.after_switch, failure)
 
 
-def _run(hook: str, disk: str, replica: str) -> str | None:
+def _run(hook: str, disks: Mapping[str, str]) -> str | None:
     """What went wrong, if anything did."""
+    words = [word for pair in disks.items() for word in pair]
+    told = {"WRITELOG_DISK": " ".join(disks), "WRITELOG_REPLICA": " ".join(disks.values())}
     try:
-        code = subprocess.run([hook, disk, replica], stdin=subprocess.DEVNULL, timeout=TIMEOUT_S, check=False,
-                              env=os.environ | {"WRITELOG_DISK": disk, "WRITELOG_REPLICA": replica}).returncode
+        code = subprocess.run([hook, *words], stdin=subprocess.DEVNULL, timeout=TIMEOUT_S, check=False,
+                              env=os.environ | told).returncode
     except OSError as error:
         return f"cannot be run: {error.strerror}"
     except subprocess.TimeoutExpired:

@@ -62,7 +62,7 @@ def run(options: argparse.Namespace) -> int:
     try:
         data_bytes = source.data_bytes()
         spread, write_rate = watch(source, options.watch_s)
-        changed_bytes = sum(source.dirty_bytes()) if source.base() else None
+        changed_bytes = sum(source.dirty_bytes()) if source.bases()[0] else None
     finally:
         source.close()
     touch_bytes = bytes_a_touch(spread, write_rate)

@@ -83,10 +83,11 @@ class Report:
     connections: int = 0
     resumed: bool = False
     """The replica had a former state of this disk: only what had changed was sent."""
-    epoch: int = 0
-    """The last instant of the disk that the replica was asked to keep a copy of, by its count; 0: none."""
     pause_s: float = 0.0
     pause_parts_s: dict[str, float] = field(default_factory=dict)
+
+    def figures(self) -> dict[str, Any]:
+        return asdict(self)
 
     def lines(self) -> list[str]:
         first_bytes = self.sent_bytes - self.extra_bytes
@@ -152,9 +153,6 @@ class Reporter:
             self._update(f"{self._state}: {text()}")
         else:
             self._line(f"{self._state}: {text()}")
-
-    def done(self, report: Report) -> None:
-        self.end(asdict(report), report.lines())
 
     def end(self, figures: dict[str, Any], lines: list[str]) -> None:
         """It is done: tell the figures, or the lines for people."""

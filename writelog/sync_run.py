@@ -6,7 +6,8 @@ What to do next is decided in `writelog.plan`; the loop is in `writelog.sync_tal
 Never lose a write:
 - The log alone says what the replica lacks, under a name for the copy, its *base*. A replica that does not hold
   that copy gets a new one: `fill` marks everything dirty and draws a new base, which the replica records before it
-  applies anything. One that holds it gets what is dirty, whichever process was started again meanwhile.
+  applies anything. One that holds it gets what is dirty, whichever process was started again meanwhile, after the
+  same with another new base: `adopt` draws it.
 - An extent is forgotten (committed) only when the replica says that it is durable. Whatever goes wrong before, it
   is dirty again: by `reclaim`, or by the log itself when this process dies.
 """
@@ -15,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import math
 import os
 import time
 from dataclasses import asdict
@@ -29,7 +29,7 @@ from writelog.sync_gate import Gate, Step
 from writelog.sync_hooks import Hooks
 from writelog.sync_link import LinkLost, Peer
 from writelog.sync_pack import AUTO
-from writelog.sync_report import CONNECTING, CONVERGING, STALLED, SYNCING, Report, Reporter
+from writelog.sync_report import CONNECTING, CONVERGING, STALLED, Report, Reporter
 from writelog.sync_source import Source
 from writelog.sync_stop import BrokenOff, Interrupted, PauseTooLong
 from writelog.sync_switch import SwitchOver
@@ -40,6 +40,8 @@ STALL_TOLD_S: Final = 2.0
 """A replica that applies nothing for so long has stalled."""
 FIRST_TRY_S, LONGEST_TRY_S = 0.1, 15.0
 """Before a new try to connect: at first, and at most."""
+RENAME_S: Final = 60.0
+"""How often a copy gets a new name while it is made."""
 DISK_GONE: Final = frozenset({errno.ECONNRESET, errno.EPIPE, errno.EBADF, errno.ENOTCONN})
 """What a call to a tapdisk that has ended fails with."""
 
@@ -50,9 +52,8 @@ class Sync:
 
     def __init__(self, source: Source, peer: Peer, limits: Limits, reporter: Reporter, *,
                  verify: bool = False, keep_running: bool = False, overwrite: bool = False,
-                 in_place: bool = False, epoch_s: float = math.inf, compress: str = AUTO, compare: bool = False,
-                 wishes: Wishes | None = None, hooks: Hooks | None = None, gate: Gate | None = None,
-                 shared: Shared | None = None) -> None:
+                 compress: str = AUTO, compare: bool = False, wishes: Wishes | None = None,
+                 hooks: Hooks | None = None, gate: Gate | None = None, shared: Shared | None = None) -> None:
         self.interrupted = False
         self._gate = gate or Gate()
         self._source = source
@@ -61,10 +62,7 @@ class Sync:
         self._reporter = reporter
         self._report = Report(source.name, peer.endpoint, source.size_bytes)
         self._overwrite = overwrite
-        self._in_place = in_place or overwrite
         self._session = os.urandom(16)
-        self._base = 0
-        """Of the copy that is being made; 0 before it is known."""
         self._is_begun = False
         """Whether the copier knows what the replica lacks."""
         self._has_begun = False
@@ -75,11 +73,11 @@ class Sync:
         self._use(Copier(source, limits, compress, self._shared, compare))
         self._talk = Talk(peer, self._copier, self._gate, self._guard)
         self._switch_over = SwitchOver(self._talk, self._gate, self._wishes, hooks or Hooks(), reporter,
-                                       self._report, verify=verify, keep_running=keep_running,
-                                       epoch_s=epoch_s)
+                                       self._report, verify=verify, keep_running=keep_running)
         self._start_s = time.monotonic()
         self._control = (Follower(self._wishes, self._heed) if shared is not None else
                          ControlSocket((source.control_path,), self._wishes, self.status, self._heed))
+        self._named_s = 0.0
         self._failed_tries = 0
         """To connect, since a connection was last of any use."""
         self._connected_s = 0.0
@@ -105,7 +103,7 @@ class Sync:
         return asdict(self._copier.progress()) | {
             "disk": self._source.name, "replica": self._peer.endpoint, "state": self._reporter.current,
             "is_held": wishes.is_held, "is_paused": wishes.is_paused, "downtime": wishes.limits.downtime_s,
-            "resumed": self._report.resumed, "epoch": self._report.epoch, "connections": self._report.connections}
+            "resumed": self._report.resumed, "connections": self._report.connections}
 
     def _heed(self) -> None:
         """The operator wants something else."""
@@ -164,32 +162,42 @@ class Sync:
         """A new connection, up to its WELCOME."""
         self._reporter.state(STALLED if self._report.connections else CONNECTING)
         link = self._talk.connect()
-        base = self._base or self._source.base()
-        link.greet(Hello(VERSION, self._session, self._source.size_bytes, self._source.name, base,
-                         self._overwrite, self._in_place))
-        welcome = self._talk.wait_for(Welcome)
+        source = self._source
+        link.greet(Hello(VERSION, self._session, source.size_bytes, source.name, *source.bases(), self._overwrite))
+        welcome = self._talk.answer(Welcome)
         self._is_welcome = True
         self._connected_s = time.monotonic()
         self._planner.greeted(self._connected_s - link.opened_s)
         self._report.connections += 1
-        if not welcome.resumed:
+        if not welcome.base:
             self._start_over()
-            link.send(Base(self._base))
-        elif not self._is_begun:
-            self._source.adopt(base)
-            self._base, self._is_begun, self._has_begun = base, True, True
-            self._report.resumed |= self._report.connections == 1
-            self._copier.begin(False)
+        elif not source.handed_over:
+            source.adopt(welcome.base)
+            if not self._is_begun:
+                self._is_begun = self._has_begun = True
+                self._report.resumed |= self._report.connections == 1
+                self._copier.begin(False)
+        self._name_copy()
         self._pipeline.reset(link, welcome.credit_bytes)
-        self._switch_over.greeted(welcome)
-        if welcome.is_journaled and self._report.connections == 1:
-            self._reporter.state(SYNCING, "the replica keeps its last consistent copy until this one is complete")
+
+    def _name_copy(self) -> None:
+        """Tell the replica the copy's new name; what was given back to the log it gets under that."""
+        self._named_s = time.monotonic()
+        if not self._source.handed_over:
+            self._talk.send(Base(self._source.base))
+
+    @property
+    def _rename_is_due(self) -> bool:
+        """A side-car from a backup that was made meanwhile is not to be believed if a crash ends this. It takes a
+        moment when nothing is on its way under the former name."""
+        return time.monotonic() - self._named_s > RENAME_S
 
     def _start_over(self) -> None:
         """The replica does not hold this copy: the whole disk is to be sent."""
         if self._source.handed_over:
             raise ReplicationError("the replica was started anew and knows nothing of this copy")
-        self._base, self._is_begun, self._has_begun = self._source.fill(), True, True
+        self._source.fill()
+        self._is_begun = self._has_begun = True
         self._copier.begin(True)
 
     def _mend(self, error: LinkLost | WritelogError) -> None:
@@ -250,13 +258,14 @@ class Sync:
                 break
             except (LogError, ControlError) as again:
                 error = again
-        former, self._source = self._pipeline, source
+        base, former, self._source = self._source.base, self._pipeline, source
         self._use(Copier(source, self._wishes.limits, self._compress, self._shared))
         self._talk.copier = self._copier
         self._pipeline.go_on_counting(former)
-        if source.first_base != self._base:
+        source.base = base
+        if base not in source.first_bases:
             # What the replica holds is this sync's own copy: it may be replaced by a new one.
-            self._base, self._overwrite = 0, True
+            self._overwrite = True
 
     def _back_off(self, why: str) -> None:
         """Wait before the next try, longer and longer: a link can come back after hours."""
@@ -319,7 +328,11 @@ class Sync:
             may_switch = self._wishes.may_switch
             copier.is_calm = not may_switch
             self._reporter.state(STALLED if stalled else copier.usual_state(self._wishes, gate))
-            if not self._wishes.is_paused:
+            if self._rename_is_due:
+                if not self._pipeline.open_portions:
+                    self._source.adopt(self._source.base)
+                    self._name_copy()
+            elif not self._wishes.is_paused:
                 copier.take_more()
             self._talk.pump()
             if not copier.look_is_due:
@@ -327,12 +340,9 @@ class Sync:
             copier.look()
             self._reporter.progress(copier.progress())
             decision = planner.decide()
-            if decision.action == Action.SWITCH and not self._wishes.is_paused:
-                if self._switch_over.epoch_is_due(may_switch):
-                    self._switch_over.epoch()
-                elif may_switch:
-                    gate.reach(Step.READY)
-                    planner.group.hold()
+            if decision.action == Action.SWITCH and may_switch and not self._wishes.is_paused:
+                gate.reach(Step.READY)
+                planner.group.hold()
             elif planner.prospect.pause_s > self._wishes.limits.downtime_s:
                 gate.step_back()
             if decision.action == Action.ESCALATE:

@@ -41,13 +41,16 @@ HOLD_MARGIN_S: Final = 5.0
 
 
 class Source:
-    """The disk `name` and its log `log_name` (may be left out if there is one); `first_base` is what copy the log
-    counted for. UsageError if there is no such disk or log, ReplicationError if another sync has the log."""
+    """The disk `name` and its log `log_name` (may be left out if there is one); `first_bases` are what
+    the copy may be called that the log counted for. UsageError if there is no such disk or log, ReplicationError
+    if another sync has the log."""
 
     def __init__(self, run_dir: Path, name: str, log_name: str | None = None) -> None:
         self.name = name
         self.paused = False
         self.handed_over = False
+        self.base = 0
+        """What the copy is called that is being made; 0 before that is known."""
         self._hold_s = self._held_s = 0.0
         """How long a hold lasts, and when it was last asked for."""
         self._run_dir = run_dir
@@ -68,7 +71,7 @@ class Source:
             self._socket = self._find_log(info["logs"], log_name)
             self._lock()
             self._log = LogClient(self._socket)
-            self.first_base = self.base()
+            self.first_bases = self.bases()
             if self._log.size_bytes != self.size_bytes:
                 raise ReplicationError(f"disk {name!r} has {self.size_bytes} bytes, but its write log covers "
                                        f"{self._log.size_bytes}")
@@ -145,18 +148,21 @@ class Source:
 
     # The log
 
-    def base(self) -> int:
-        """What copy the log counts for; 0: none."""
-        return self.log.stat().base
+    def bases(self) -> tuple[int, int]:
+        """What the copy is called that the log counts for, and what it may still be called; 0: there is none."""
+        if self.handed_over:
+            return self.base, 0
+        figures = self.log.stat()
+        return figures.base, figures.former
 
-    def adopt(self, base: int) -> None:
-        """The replica holds the copy at `base`: it lacks what the log has, no more. LogError if the log counts for
-        another one by now."""
-        self._patiently(lambda: self.log.adopt(base))
+    def adopt(self, held: int) -> None:
+        """The replica holds the copy at `held`: it lacks what the log has, no more. It is to be called `base` from
+        now on. LogError if the log counts for another one by now."""
+        self.base = self._patiently(lambda: self.log.adopt(held))
 
-    def fill(self) -> int:
-        """The replica is taken to have nothing; the base of the copy that begins."""
-        return self._patiently(self.log.fill)
+    def fill(self) -> None:
+        """The replica is taken to have nothing; the copy that begins is called `base`."""
+        self.base = self._patiently(self.log.fill)
 
     def _patiently(self, ask: Callable[[], T]) -> T:
         """`ask()`, again while the log is held by a connection that has perhaps just ended."""

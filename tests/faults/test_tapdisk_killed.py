@@ -93,7 +93,7 @@ class World:
         try:
             with self.log() as log:
                 if self.base:
-                    log.adopt(self.base)
+                    self.base = log.adopt(self.base)
                 else:
                     self.base = log.fill()
                 while True:
@@ -137,7 +137,7 @@ class World:
             assert found in possible, f"block {block}: an acknowledged write is lost"
             self.possible[block] = [found]
         with self.log() as log:
-            assert log.stat().base == self.base
+            assert self.base in (log.stat().base, log.stat().former)
             dirty = {block for offset, length in log.peek()
                      for block in range(offset // BLOCK_BYTES, (offset + length) // BLOCK_BYTES)}
         lacking = {block for block in self.possible

@@ -118,7 +118,7 @@ def test_a_reply_that_nobody_waits_for() -> None:
 
 
 def test_figures_of_a_later_version() -> None:
-    figures = Figures(4096, 100, 7, 3, 2, 1, 1, 1, 8, 9)
+    figures = Figures(4096, 100, 7, 3, 2, 1, 1, 1, 8, 9, 10)
     assert Figures.decode(figures.encode()) == figures
     with pytest.raises(ProtocolError, match="version 9"):
         Figures.decode(b"\x09" + figures.encode()[1:])

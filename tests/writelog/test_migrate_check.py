@@ -15,10 +15,10 @@ from writelog.migrate_check import (
     capabilities_to_set,
     check_disks,
     check_memory_uri,
-    parse_disks,
 )
 from writelog.migrate_qmp import parse_monitor
-from writelog.migrate_report import downtime_parts
+from writelog.sync_disks import parse_disks
+from writelog.sync_group_report import downtime_parts
 from writelog.sync_report import Report
 
 HERE = NbdAddress("vm1", path="/run/vm1.nbd")

@@ -17,6 +17,7 @@ from tapcore.driver import Env, OpenFlag
 from tapcore.request import FLUSH, WRITE, ZEROES
 from writelog import replica, wire
 from writelog.hashtree import LEAF_BYTES, piece_digests
+from writelog.replica_state import State
 from writelog.wire import (
     Ack,
     Barrier,
@@ -50,7 +51,7 @@ def bench(env: Env) -> Iterator[Bench]:
 def test_applies_acknowledges_and_confirms(bench: Bench) -> None:
     peer = bench.peer()
     welcome = peer.begin()
-    assert not welcome.resumed
+    assert not welcome.base
     peer.data(4096, b"a" * 8192)
     peer.zero(8192, 4096)
     peer.data(SIZE_BYTES - 512, b"z" * 512)
@@ -110,11 +111,12 @@ def test_promotion_can_be_repeated_on_a_new_connection(bench: Bench) -> None:
     digest = first.barrier()
     first.close()
     second = bench.peer()
-    assert second.begin().resumed
+    assert second.begin().base
     second.send(Promote(digest))
     second.expect(Promoted)
     third = bench.peer()
-    assert third.begin().resumed
+    third.hello()
+    assert third.expect(Welcome).base == third.base
     third.send(Promote(digest))
     third.expect(Promoted)
 
@@ -187,8 +189,8 @@ def test_what_cannot_be_read_cannot_be_compared(bench: Bench) -> None:
     ([wire.encode(Data(1, 0, 4, wire.checksum(b"good"))), b"good!"], "payload frames"),
     ([wire.seal(msgpack.packb([Kind.DATA, 1, 0, wire.MAX_DATA_BYTES + 1, bytes(16)])), b"x"], "are allowed"),
     ([wire.encode(Verify())], "without a confirmed barrier"),
-    ([wire.encode(Welcome(True, 5, False, 0))], "does not send Welcome"),
-    ([wire.encode(Hello(wire.VERSION, bytes(16), SIZE_BYTES, "again", 0, False, False))], "does not send Hello"),
+    ([wire.encode(Welcome(7, 5))], "does not send Welcome"),
+    ([wire.encode(Hello(wire.VERSION, bytes(16), SIZE_BYTES, "again", 0, 0, False))], "does not send Hello"),
 ])
 def test_a_faulty_message_ends_the_session_and_nothing_is_applied(
     bench: Bench, frames: list[bytes], text: str
@@ -246,7 +248,7 @@ def test_refuses_what_does_not_fit(
     assert refused.reason == reason
     assert text in refused.message
     assert refused.hint
-    assert not bench.peer(b"2" * 16).begin().resumed
+    assert not bench.peer(b"2" * 16).begin().base
 
 
 def test_refuses_when_read_only(env: Env) -> None:
@@ -278,7 +280,7 @@ def test_a_sync_that_was_started_again_takes_over_at_once(bench: Bench) -> None:
     first.data(0, b"one")
     first.expect(Ack, lambda ack: ack.durable == 1)
     second = bench.peer(b"2" * 16)
-    assert second.begin().resumed
+    assert second.begin().base
     first.data(0, b"two")
     second.data(3, b"two")
     second.barrier()
@@ -298,34 +300,52 @@ def test_a_stranger_is_refused_unless_it_may_overwrite(bench: Bench) -> None:
         assert refused.reason == Refusal.STRANGER
         assert "a copy of disk 'vm1'" in refused.message
         assert "--overwrite" in refused.hint
-    stranger.send(Hello(wire.VERSION, stranger.id, SIZE_BYTES, "vm2", 8, True, True))
-    assert not stranger.expect(Welcome).resumed
-    assert bench.server._copy.state.base == 7
+    stranger.send(Hello(wire.VERSION, stranger.id, SIZE_BYTES, "vm2", 8, 0, True))
+    assert not stranger.expect(Welcome).base
+    assert bench.server._store.state.base == 7
     stranger.send(Base(9))
     stranger.data(0, b"x")
     stranger.barrier()
-    state = bench.server._copy.state
-    assert (state.base, state.disk, state.is_consistent) == (9, "vm2", False)
+    assert bench.server._store.state == State(9, "vm2")
+
+
+def test_a_copy_goes_by_its_newest_name(bench: Bench) -> None:
+    first = bench.peer()
+    first.begin()
+    first.send(Base(8))
+    first.send(Release())
+    first.expect(Released)
+    older = bench.peer(b"2" * 16)
+    older.hello()
+    assert "is older than the copy here" in older.expect(Refused).message
+    later = bench.peer(b"3" * 16)
+    later.send(Hello(wire.VERSION, later.id, SIZE_BYTES, "vm1", 9, 8, False))
+    assert later.expect(Welcome).base == 8
+    later.send(Base(9))
+    later.barrier()
+    assert bench.server._store.state == State(9, "vm1", history=(8, 7))
+    later.send(Base(8))
+    assert "doubled on the way" in later.expect(Failure).message
 
 
 def test_nothing_is_applied_before_its_base_is_known(bench: Bench) -> None:
     peer = bench.peer()
     peer.hello()
-    assert not peer.expect(Welcome).resumed
+    assert not peer.expect(Welcome).base
     peer.data(0, b"early")
     assert "before BASE" in peer.expect(Failure).message
     assert bench.driver.data == UNTOUCHED
-    assert bench.server._copy.state.base == 0
+    assert bench.server._store.state.base == 0
 
 
 def test_a_base_that_cannot_be_recorded_is_none(bench: Bench, tmp_path: Path) -> None:
-    bench.server._copy._store.path = tmp_path / "missing" / "state"
+    bench.server._store.path = tmp_path / "missing" / "state"
     peer = bench.peer()
     peer.begin()
     peer.data(0, b"early")
     assert "cannot record" in peer.expect(Failure).message
     assert bench.driver.data == UNTOUCHED
-    assert bench.server._copy.state.base == 0
+    assert bench.server._store.state.base == 0
 
 
 def test_a_session_goes_on_after_its_connection_dropped(bench: Bench) -> None:
@@ -335,7 +355,7 @@ def test_a_session_goes_on_after_its_connection_dropped(bench: Bench) -> None:
     first.expect(Ack, lambda ack: ack.durable == 1)
     first.close()
     second = bench.peer()
-    assert second.begin().resumed
+    assert second.begin().base
     second.data(3, b"two")
     second.barrier()
     assert bench.driver.data[:6] == b"onetwo"
@@ -346,7 +366,7 @@ def test_a_taken_over_connection_is_ignored(bench: Bench) -> None:
     first = bench.peer()
     first.begin()
     second = bench.peer()
-    assert second.begin().resumed
+    assert second.begin().base
     first.data(0, b"stale")
     first.send_frames([b"garbage"])
     first.expect(Failure)
@@ -385,9 +405,11 @@ def test_a_new_connection_waits_for_what_is_in_flight(bench: Bench) -> None:
     bench.env.loop.run_until(lambda: bench.server._session is None, WAIT_S)
     second.hello()
     bench.env.loop.run_until(lambda: bench.server._session is not None, WAIT_S)
-    assert isinstance(second.expect_any(Ack, Welcome), Ack), "it shows that it is there, and does not begin"
+    bench.env.loop.turn(0)
+    assert not second.socket.poll(50)
     bench.go_on()
     second.expect(Welcome)
+    second.send(Base(8))
     second.data(0, b"new")
     second.barrier()
     assert bench.driver.data[:3] == b"new"

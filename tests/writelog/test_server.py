@@ -465,7 +465,7 @@ def test_fill_and_figures(rig: Rig, raw: RawClient) -> None:
     assert raw.ask(b"getw", version=1, sector=8, count=16) == b"done"
     assert raw.ask(b"peek", version=1, op=PeekOp.FIGURES) == b"done"
     figures = Figures.decode(region.export)
-    assert figures == Figures(4096, 2048, figures.generation, 254, 2, 1, 1, 1, figures.current, figures.base)
+    assert figures == Figures(4096, 2048, figures.generation, 254, 2, 1, 1, 1, figures.current, figures.base, 0)
     assert figures.current and figures.base
     rig.call(rig.leaf.finish)
 

@@ -280,13 +280,18 @@ def test_who_may_clear_what_a_copy_lacks(env: Env, chains: Chains) -> None:
     thread = LoopThread(env)
     path = log.socket_path
 
-    def cleared(adopt: int) -> int:
-        """The base after a client has taken and committed what is dirty."""
+    def clear(adopt: int = 0) -> int:
+        """A client takes and commits what is dirty; the base before that, which it knows, and is none after it if
+        it does not speak for it."""
         with LogClient(path, TIMEOUT_S) as client:
+            base = 0
             if adopt:
-                client.adopt(adopt)
+                base = client.adopt(adopt)
+                assert base not in (0, adopt) and client.stat().base == base and client.stat().former == adopt
+                client.commit(client.get(0, SIZE_BYTES - 4096, 4096).lease)
             client.commit(client.get().lease)
-            return client.stat().base
+            assert (client.stat().base, client.stat().former) == (base, 0)
+            return base
 
     try:
         with LogClient(path, TIMEOUT_S) as client:
@@ -297,10 +302,17 @@ def test_who_may_clear_what_a_copy_lacks(env: Env, chains: Chains) -> None:
             assert client.stat().base == base
             client.fill()
             base = client.stat().base
-        assert cleared(base) == base
-        assert cleared(0) == 0
+        former, base = base, clear(base)
+        assert former in log.generations.history
         with LogClient(path, TIMEOUT_S) as client:
-            for wrong in (0, base, 12):
+            with pytest.raises(LogError):
+                client.adopt(former)
+            client.commit(client.get().lease)  # of nothing
+            assert client.stat().base == base
+            client.fill()
+        clear()
+        with LogClient(path, TIMEOUT_S) as client:
+            for wrong in (0, former, base, 12):
                 with pytest.raises(LogError) as caught:
                     client.adopt(wrong)
                 assert caught.value.errno == errno.ESTALE

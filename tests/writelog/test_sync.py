@@ -478,7 +478,8 @@ def test_on_a_terminal_one_line_changes(monkeypatch: pytest.MonkeyPatch) -> None
     reporter.state("syncing")
     for remaining_bytes in (3 << 20, 2 << 20):
         reporter.progress(Progress(1.0, 1 << 20, 0, remaining_bytes, 1 << 20, 0.0, 0.1, 2.0))
-    reporter.done(Report("vm1", "tcp://127.0.0.1:1", 4 << 20, sent_bytes=1 << 20, extra_bytes=1 << 18))
+    report = Report("vm1", "tcp://127.0.0.1:1", 4 << 20, sent_bytes=1 << 20, extra_bytes=1 << 18)
+    reporter.end(report.figures(), report.lines())
     text = out.getvalue()
     assert "syncing: sent 1 MiB at 1 MiB/s, remaining 3 MiB, 2 s left" in text
     assert text.index("3 MiB") < text.index("\x1b[2K") < text.index("2 MiB") < text.index("(+33.3 %)")

@@ -12,13 +12,14 @@ from sync_rig import WAIT_S, Rig, Script
 
 from tapcore.driver import Env
 from tapcore.errors import WritelogError
-from writelog.migrate_report import DiskReporter
 from writelog.plan import Limits
 from writelog.sync_gate import Aborted, Gate, Group, Step
+from writelog.sync_group_report import DiskReporter
 from writelog.sync_link import Peer
 from writelog.sync_run import Sync
 from writelog.sync_source import Source
-from writelog.wire import Barrier, Digest, Message, Promote, Promoted
+from writelog.sync_stop import BrokenOff
+from writelog.wire import Barrier, Digest, Hello, Message, Promote, Promoted
 
 
 @pytest.fixture
@@ -135,6 +136,34 @@ def test_what_may_promote_cannot_be_aborted() -> None:
     gate.close()
 
 
+def test_a_switch_over_that_was_broken_off_is_left_before_the_next_one() -> None:
+    group = Group("ab")
+    first, second = group.gates["a"], group.gates["b"]
+    assert not group.break_off(BrokenOff("none has begun"))
+    for gate in (first, second):
+        gate.reach(Step.READY)
+    assert group.allow(Step.CONFIRMED) and first.enter()
+    second.step_back()
+    assert second.enter(), "it was too late to step back"
+    first.reach(Step.CONFIRMED)
+    assert group.break_off(BrokenOff("b is slow"))
+    second.reach(Step.CONFIRMED)
+    assert second.reached is Step.COPYING and not group.allow(Step.CONFIRMED), "news that come too late"
+    for gate in (first, second):
+        with pytest.raises(BrokenOff, match="b is slow"):
+            gate.check()
+        gate.check()
+        gate.reach(Step.READY)
+    assert group.allow(Step.CONFIRMED) and first.enter() and second.enter()
+    for step in (Step.CONFIRMED, Step.HANDED_OVER, Step.PROMOTED):
+        for gate in (first, second):
+            gate.reach(step)
+        assert step is Step.PROMOTED or group.allow(Step(step + 1))
+    assert not group.break_off(BrokenOff("too late"))
+    for gate in (first, second):
+        gate.close()
+
+
 def test_step_by_step(rig: Rig, script: Script, run: Run) -> None:
     run.reach(Step.READY)
     assert rig.guest_goes_on()
@@ -161,9 +190,54 @@ def test_aborted_at_a_step(rig: Rig, script: Script, run: Run, step: Step) -> No
     assert rig.guest_goes_on() and rig.info()["fenced"] is None and not rig.info()["pinned"]
     assert not promoted
     assert rig.dirty_bytes() < 1 << 20
-    base = script.base
     assert rig.sync("--verify", "vm1", script.endpoint) == 0
-    assert script.base == base and promoted and rig.image.read_bytes() == script.memory
+    assert promoted and rig.image.read_bytes() == script.memory
+
+
+@pytest.mark.parametrize("step", [Step.CONFIRMED, Step.HANDED_OVER])
+def test_broken_off_at_a_step_then_it_switches(rig: Rig, script: Script, run: Run, step: Step) -> None:
+    """The guest goes on here, and its disk may be handed over later, on the same connection."""
+    promoted = promotions(script)
+    run.reach(Step.READY)
+    run.reach(Step.CONFIRMED)
+    if step is Step.HANDED_OVER:
+        run.reach(Step.HANDED_OVER)
+        assert rig.info()["fenced"]
+    assert run.group.break_off(BrokenOff("the other one is slow"))
+    assert not run.group.have(Step.READY), "nobody begins anew before all have left"
+    run.other.reach(Step.READY)
+    assert run.group.wait(Step.READY, WAIT_S)
+    assert rig.guest_goes_on() and rig.info()["fenced"] is None and not promoted
+    for each in (Step.CONFIRMED, Step.HANDED_OVER, Step.PROMOTED):
+        run.reach(each)
+    assert run.join() is None
+    assert promoted and script.connections == 1
+    assert rig.info()["fenced"] and rig.image.read_bytes() == script.memory
+
+
+def test_broken_off_while_the_link_is_down_after_the_hand_over(rig: Rig, script: Script, run: Run) -> None:
+    """The disk is taken back though its replica cannot be asked."""
+    for step in (Step.READY, Step.CONFIRMED, Step.HANDED_OVER):
+        run.reach(step)
+    gone = threading.Event()
+
+    def hang_up(message: Hello) -> Message:
+        gone.set()
+        raise Script.Drop
+
+    script.on[Hello] = hang_up
+    script.drop()
+    assert gone.wait(WAIT_S)
+    assert run.group.break_off(BrokenOff("it takes too long"))
+    while rig.info()["fenced"]:
+        threading.Event().wait(0.01)
+    assert rig.guest_goes_on()
+    del script.on[Hello]
+    run.other.reach(Step.READY)
+    for step in (Step.READY, Step.CONFIRMED, Step.HANDED_OVER, Step.PROMOTED):
+        run.reach(step)
+    assert run.join() is None
+    assert rig.info()["fenced"] and rig.image.read_bytes() == script.memory
 
 
 @pytest.mark.parametrize("step", [Step.CONFIRMED, Step.HANDED_OVER])

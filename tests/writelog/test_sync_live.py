@@ -15,12 +15,13 @@ from random import Random
 from typing import Any
 
 import pytest
-from processes import Tapdisk, read_line
+from processes import Tapdisk, forget_logs, read_line
 
 from tapcore.control import find_disk
 from tapcore.nbd.client import NbdClient, NbdError
 from tapcore.nbd.wire import NBD_CMD_READ
 from writelog.client import LogClient
+from writelog.sidecar_layout import newest, slots_of
 
 SIZE_BYTES = 48 << 20
 WAIT_S = 30
@@ -158,14 +159,20 @@ class Pair:
             assert figures.leased_blocks == 0
             return figures.dirty_blocks * figures.granularity_bytes
 
-    def base(self) -> int:
-        with LogClient(next(self.tapdisk.run_dir.glob("log__*.ctl"))) as log:
-            return log.stat().base
+    def epoch(self) -> int:
+        """Another one after a full copy has begun anew."""
+        record = newest(slots_of(self.image.with_name("a.img.writelog").read_bytes()))
+        assert record is not None
+        return record.epoch
 
     def images_are_equal(self) -> bool:
         """End all processes first."""
         self.close()
         return self.image.read_bytes() == self.copy.read_bytes()
+
+    def stop_disk(self) -> None:
+        self.guest.stop()
+        self.tapdisk.stop()
 
     def close(self) -> None:
         for command in self.commands:
@@ -208,7 +215,7 @@ def test_a_killed_tapdisk_is_waited_for_and_its_log_still_counts(pair: Pair) -> 
     pair.replica()
     sync = pair.sync("--rate", "12M", "--verify", "--keep-running")
     sync.event(lambda event: event.get("sent_bytes", 0) > SIZE_BYTES // 4)
-    base = pair.base()
+    epoch = pair.epoch()
     pair.tapdisk.process.kill()
     pair.tapdisk.process.communicate(timeout=WAIT_S)
     event = sync.event(lambda event: event["state"] == "stalled")
@@ -220,7 +227,7 @@ def test_a_killed_tapdisk_is_waited_for_and_its_log_still_counts(pair: Pair) -> 
     report = json.loads(out.splitlines()[-1])
     assert report["verified"]
     assert report["connections"] == 2
-    assert pair.base() == base
+    assert pair.epoch() == epoch
     assert pair.guest.wrote_more()
 
 
@@ -230,8 +237,7 @@ def test_what_was_killed_goes_on_where_it_was(pair: Pair, killed: str) -> None:
     replica = pair.replica()
     sync = pair.sync("--rate", "12M", "--peer-timeout", "1", "--verify", "--keep-running")
     sync.event(lambda event: event.get("sent_bytes", 0) > SIZE_BYTES // 4)
-    base = pair.base()
-    assert base
+    epoch = pair.epoch()
     if killed in ("replica", "both"):
         replica.kill()
         event = sync.event(lambda event: event["state"] == "stalled")
@@ -249,7 +255,7 @@ def test_what_was_killed_goes_on_where_it_was(pair: Pair, killed: str) -> None:
     report = json.loads(out.splitlines()[-1])
     assert report["resumed"] == (killed != "replica")
     assert report["connections"] == (2 if killed == "replica" else 1)
-    assert pair.base() == base
+    assert pair.epoch() == epoch
 
 
 @pytest.mark.parametrize("order", ["at once", "one by one", "tapdisk again"])
@@ -259,7 +265,7 @@ def test_a_tapdisk_and_the_link_are_lost(pair: Pair, order: str) -> None:
     sync = pair.sync("--rate", "20M", "--peer-timeout", "1", "--verify", "--keep-running",
                      prelude=DISK_LOST_TOO.format(pair.tapdisk.process.pid) if order == "at once" else "")
     sync.event(lambda event: event.get("sent_bytes", 0) > SIZE_BYTES // 4)
-    base = pair.base()
+    epoch = pair.epoch()
     replica.kill()
     if order != "at once":
         sync.event(lambda event: "next try" in event.get("detail", ""))
@@ -279,7 +285,7 @@ def test_a_tapdisk_and_the_link_are_lost(pair: Pair, order: str) -> None:
     assert code == 0, err
     report = json.loads(out.splitlines()[-1])
     assert report["verified"]
-    assert pair.base() == base
+    assert pair.epoch() == epoch
     assert pair.guest.wrote_more()
 
 
@@ -345,6 +351,37 @@ def test_when_others_took_from_the_log_only_a_full_copy_will_do(pair: Pair) -> N
     code, out, err = pair.sync("--overwrite", "--verify", "--downtime", "5").end()
     assert code == 0, err
     assert not json.loads(out.splitlines()[-1])["resumed"]
+    assert pair.images_are_equal()
+
+
+@pytest.mark.parametrize("host_dies", [False, True])
+def test_a_disk_restored_with_its_side_car_is_not_taken_for_the_one_that_was_copied(
+    pair: Pair, host_dies: bool
+) -> None:
+    """The copy has what was written since: it would have been left there, mixed with what is older."""
+    sidecar = pair.image.with_name("a.img.writelog")
+    replica = pair.replica()
+    assert pair.sync("--keep-running").end()[0] == 0
+    pair.stop_disk()
+    backup = {path: path.read_bytes() for path in (pair.image, sidecar)}
+    pair.serve()
+    assert pair.guest.wrote_more()
+    code, out, err = pair.sync("--keep-running").end()
+    assert code == 0, err
+    assert json.loads(out.splitlines()[-1])["resumed"]
+    pair.stop_disk()
+    for path, content in backup.items():
+        path.write_bytes(content)
+    if host_dies:
+        forget_logs(pair.tapdisk.run_dir)
+    pair.serve()
+    code, _, err = pair.sync("--keep-running").end()
+    assert code == 1
+    assert ("is older than the copy here" if host_dies else "none that the write log") in err
+    assert "--overwrite" in err
+    code, _, err = pair.sync("--overwrite", "--verify", "--downtime", "5").end()
+    assert code == 0, err
+    assert replica.process.poll() is None
     assert pair.images_are_equal()
 
 
