@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -35,13 +36,13 @@ def env(tmp_path: Path) -> Iterator[Env]:
 
 @pytest.fixture
 def serve(tmp_path: Path) -> Iterator[Callable[..., Tapdisk]]:
-    """`serve(chain, *options)`: a running tapdisk; all are ended after the test."""
+    """`serve(chain, *options)`: a running tapdisk, as `Tapdisk`; all are ended after the test."""
     run_dir = tmp_path / "run-serve"
     run_dir.mkdir(mode=0o700)
     started: list[Tapdisk] = []
 
-    def start(chain: str, *arguments: str) -> Tapdisk:
-        started.append(Tapdisk(run_dir, chain, *arguments))
+    def start(chain: str, *arguments: str, **options: Any) -> Tapdisk:
+        started.append(Tapdisk(run_dir, chain, *arguments, **options))
         return started[-1]
 
     yield start

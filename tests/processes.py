@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,16 +47,16 @@ class Tapdisk:
     """One `tapdisk` process, ready. `chain` is its first argument; `uri` its first disk's."""
 
     def __init__(self, run_dir: Path, chain: str, *arguments: str, killed_at: str | None = None,
-                 prelude: str = "") -> None:
+                 prelude: str = "", at: Sequence[str] = ()) -> None:
         """With `killed_at` it is killed at a place in the code: see killed_at.py. `prelude` is Python that is run
-        in its process first."""
+        in its process first. `at`: what its command begins with."""
         self.chain = chain
         self.run_dir = run_dir
         program = ["-m", "tapcore.tapdisk"] if killed_at is None else ["-P", str(KILLED_AT), killed_at]
         if prelude:
             program = ["-c", f"{prelude}\nimport sys\nfrom tapcore import tapdisk\nsys.exit(tapdisk.main())"]
         self.process = subprocess.Popen(
-            [sys.executable, *program, "--run-dir", str(run_dir), *arguments, chain],
+            [*at, sys.executable, *program, "--run-dir", str(run_dir), *arguments, chain],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         line = read_line(self.process)
         self.uri = line.split()[-1]

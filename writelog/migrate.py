@@ -116,7 +116,8 @@ def prepare_memory(options: argparse.Namespace, monitor: Monitor) -> MemoryMove:
     if status in UNDER_WAY:
         fate = ", and the guest stands still" if status == STOPPED else ""
         raise ReplicationError(f"a migration of this guest is under way already ({status}){fate}",
-                               hint="'migrate_cancel' in QEMU's monitor ends it, and the guest runs on")
+                               hint="wait until QEMU has ended it" if status == "cancelling" else
+                               "'migrate_cancel' in QEMU's monitor ends it, and the guest runs on")
     may_throttle = options.throttle_floor != 0
     capabilities = capabilities_to_set(monitor.call("query-migrate-capabilities"), may_throttle)
     parameters: dict[str, int | str] = {"downtime-limit": int(options.downtime * 1000)}

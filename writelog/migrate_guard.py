@@ -15,24 +15,24 @@ from pathlib import Path
 from tapcore.errors import WritelogError
 from writelog.migrate_plan import fate_here, how_to_go_back
 from writelog.migrate_qmp import Monitor
-from writelog.migrate_undo import Settings, cancel_memory
+from writelog.migrate_undo import Settings, undo_memory
 from writelog.sync_disks import parse_disks
 from writelog.sync_guard import DONE, PROMOTING, free_disks, last_word, tell
 
 
 def undo(monitor: str, run_dir: Path, disks: Mapping[str, str], former: Settings, was_running: bool) -> list[str]:
-    """Let the guest run on, as far as possible; what went wrong."""
+    """Let the guest run on, as far as possible; what to tell about it."""
     problems = free_disks(run_dir, disks)
+    remark = ""
     try:
         qemu = Monitor(monitor)
         try:
-            cancel_memory(qemu, was_running)
-            former.apply(qemu)
+            remark = undo_memory(qemu, was_running, former)
         finally:
             qemu.close()
     except WritelogError as error:
         problems.append(str(error))
-    return problems
+    return list(filter(None, [*(problems or [f"the migration was cancelled; {fate_here(was_running)}"]), remark]))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,8 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report = [f"the disks were handed over: {how_to_go_back(disks, True)}"]
     else:
         former = Settings(**json.loads(options.former))
-        report = undo(options.qmp, options.run_dir, disks, former, options.running) or [
-            f"the migration was cancelled; {fate_here(options.running)}"]
+        report = undo(options.qmp, options.run_dir, disks, former, options.running)
     tell("writelog-migrate", report)
     return 1
 

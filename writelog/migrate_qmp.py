@@ -33,6 +33,10 @@ class Refusal(MonitorError):
     """QEMU answered a command with an error."""
 
 
+class Silence(MonitorError):
+    """QEMU has not answered a command, and may yet: it waits for a disk maybe, or for a link."""
+
+
 def parse_monitor(text: str) -> str | tuple[str, int]:
     """Where `text`, an option of the command line, says that the monitor is: a path, or (host, port)."""
     kind, _, place = text.partition(":")
@@ -86,9 +90,18 @@ class Monitor:
         except ExecuteError as error:
             raise Refusal(f"{self.name}: QEMU refused {command}: {error}") from None
         except TimeoutError:
-            raise self._error(f"QEMU did not answer {command} within {self.answer_s:g} s") from None
+            raise Silence(f"{self.name}: QEMU did not answer {command} within {self.answer_s:g} s") from None
         except (QMPError, OSError, EOFError):
             raise self._gone() from None
+
+    def yank(self) -> None:
+        """Break the connection of QEMU's migration off. It is heard even if QEMU waits for a link that carries
+        nothing, and answers to nothing else. MonitorError if not, as by a QEMU older than 6.0."""
+        try:
+            self._wait(self._client.execute("yank", {"instances": [{"type": "migration"}]}, oob=True),
+                       self.answer_s)
+        except (QMPError, OSError, EOFError, TimeoutError) as error:
+            raise self._error(f"QEMU's migration cannot be broken off: {error}") from None
 
     def events(self, wait_s: float) -> list[tuple[str, dict[str, Any]]]:
         """(name, data) of what has happened since the last call; waits for something, but no longer than this."""

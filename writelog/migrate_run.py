@@ -19,10 +19,10 @@ from tapcore.errors import ReplicationError, WritelogError
 from writelog.migrate_check import ENDED_BADLY, STOPPED, UNDER_WAY
 from writelog.migrate_memory import Memory, Patience, memory_of
 from writelog.migrate_plan import FINAL, NO_RETURN, PAUSED, TABLE, Action, Event, State, fate_here, how_to_go_back
-from writelog.migrate_qmp import Monitor, MonitorError, Refusal
+from writelog.migrate_qmp import ANSWER_S, Monitor, MonitorError, Refusal, Silence
 from writelog.migrate_report import MigrationReport, MigrationReporter
 from writelog.migrate_there import Destination
-from writelog.migrate_undo import Settings, cancel_memory, status_of, stop_guest
+from writelog.migrate_undo import NOTHING_SET, Settings, status_of, stop_guest, undo_memory
 from writelog.sync_gate import Aborted, Step
 from writelog.sync_group import DiskGroup
 from writelog.sync_group_report import downtime_parts
@@ -32,8 +32,12 @@ from writelog.sync_report import STALLED, Report
 POLL_S: Final = 0.05
 PAUSED_POLL_S: Final = 0.005
 """While the guest stands still."""
+HELD_DOWNTIME_MS: Final = 1
 MEMORY_POLL_S: Final = 0.2
 """How often to ask for figures."""
+MOVING_ANSWER_S: Final = 0.5
+SILENT_S: Final = 20.0
+"""How long not to ask a QEMU that does not answer."""
 PROMOTE_S: Final = 60.0
 """Longest wait for the promotion of replicas that have confirmed all: their link may have dropped just now."""
 MOVE_S: Final = 120.0
@@ -74,6 +78,7 @@ class Migration:
         self._guard: Guard | None = None
         self._memory: Memory | None = None
         self._patience = Patience(group.wishes.limits.patience_s, 0.0)
+        self._is_memory_held = False
         self._has_shut_down = False
         self._asked_s = 0.0
         self._start_s = time.monotonic()
@@ -101,6 +106,10 @@ class Migration:
                 except Fault as fault:
                     self._fault = str(fault)
                     self._go_on(Event.FAULT)
+                except Silence as error:
+                    if not self._may_be_silent():
+                        self._fault = error.message
+                        self._go_on(Event.FAULT)
                 except MonitorError as error:
                     if isinstance(error, Refusal) or not self._finds_monitor_again():
                         self._fault = error.message
@@ -164,6 +173,7 @@ class Migration:
             self._take_events(POLL_S)
             return Event.READY if group.have(Step.READY) else None
         if state is State.MEMORY:
+            self._hold_memory(not group.have(Step.READY))
             return Event.STOPPED if STOPPED in (self._take_events(POLL_S), self._ask_memory()) else None
         if state is State.LAST_ROUND:
             for name, disk in self._disks.items():
@@ -251,6 +261,24 @@ class Migration:
                 raise Fault(complaint)
         return status
 
+    def _hold_memory(self, is_held: bool) -> None:
+        """Have QEMU not stop the guest, as far as it can be kept from it, while a disk could not switch: its link
+        dropped a moment ago maybe."""
+        if is_held == self._is_memory_held:
+            return
+        self._is_memory_held = is_held
+        limit = HELD_DOWNTIME_MS if is_held else self._memory_move.settings.parameters["downtime-limit"]
+        self._monitor.call("migrate-set-parameters", **{"downtime-limit": limit})
+
+    def _may_be_silent(self) -> bool:
+        """Whether QEMU need not answer yet: while it sends the last of the memory it does nothing else, and a link
+        that carries nothing holds it up. Events come all the same. It is not asked much: with eight commands to do
+        it hears no `yank` any more."""
+        self._asked_s = time.monotonic() + SILENT_S
+        if self.state is State.MEMORY:
+            return not self._patience.complaint(time.monotonic(), None)
+        return self.state is State.MOVING
+
     def _finds_monitor_again(self) -> bool:
         """Whether QEMU lives, and only the connection to it was lost. What it was told last it may not have
         heard."""
@@ -283,15 +311,18 @@ class Migration:
 
     def _begin_memory(self) -> None:
         self._patience = Patience(self._group.wishes.limits.patience_s, time.monotonic())
+        self._is_memory_held = False
         self._memory_move.settings.apply(self._monitor)
         self._monitor.call("migrate", uri=self._memory_move.uri)
 
     def _continue(self) -> None:
         self._mark("promote")
+        self._monitor.answer_s = MOVING_ANSWER_S
         self._monitor.call("migrate-continue", state=STOPPED)
 
     def _finish(self) -> None:
         self._mark("move")
+        self._monitor.answer_s = ANSWER_S
         if not self._was_running:
             return
         try:
@@ -305,8 +336,9 @@ class Migration:
         self._gates.abort(self._fault)
         problems: list[str] = []
         try:
-            self._cancel_memory()
+            remark = self._undo_memory()
         except WritelogError as error:
+            remark = ""
             if not self._has_shut_down:  # and its QEMU with it
                 problems.append(str(error))
         for name, disk in self._disks.items():
@@ -315,24 +347,20 @@ class Migration:
             elif disk.error and not isinstance(disk.error, Aborted) and str(disk.error) not in self._fault:
                 problems.append(str(disk.error))
         fate = "its disks are here" if self._has_shut_down else fate_here(self._was_running)
-        raise ReplicationError(f"{self._fault}; {'; '.join(problems) or fate}")
+        raise ReplicationError(f"{self._fault}; {'; '.join(problems) or fate}", hint=remark or None)
 
-    def _cancel_memory(self) -> None:
+    def _undo_memory(self) -> str:
+        """As `undo_memory`."""
+        former = self._memory_move.former if self._guard is not None else NOTHING_SET
         try:
-            self._undo_memory()
+            return undo_memory(self._monitor, self._was_running, former)
         except MonitorError as error:
-            try:
+            with contextlib.suppress(MonitorError):
                 self._monitor.reconnect()
-                self._undo_memory()
-            except MonitorError:
-                raise ReplicationError(
-                    f"{error.message}; the disks go on here",
-                    hint="if QEMU runs, give it 'migrate_cancel' and 'cont', or the guest stands still") from error
-
-    def _undo_memory(self) -> None:
-        cancel_memory(self._monitor, self._was_running)
-        if self._guard is not None:
-            self._memory_move.former.apply(self._monitor)
+                return undo_memory(self._monitor, self._was_running, former)
+            raise ReplicationError(
+                f"{error.message}; the disks go on here",
+                hint="if QEMU runs, give it 'migrate_cancel' and 'cont', or the guest stands still") from error
 
     def _strand(self) -> None:
         """After the point of no return: see that it does not run here, and say what is where. If it has arrived at

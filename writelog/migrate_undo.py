@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from tapcore.errors import ReplicationError
 from writelog.migrate_check import UNDER_WAY
-from writelog.migrate_qmp import Monitor
+from writelog.migrate_qmp import Monitor, Silence
 
 POLL_S: Final = 0.02
 SETTLE_S: Final = 10.0
@@ -36,26 +36,43 @@ class Settings:
             monitor.call("migrate-set-parameters", **self.parameters)
 
 
+NOTHING_SET: Final = Settings({}, {})
+
+
 def status_of(monitor: Monitor) -> str:
     """Of QEMU's migration; "none" if there was none."""
     return str(monitor.call("query-migrate").get("status", "none"))
 
 
-def cancel_memory(monitor: Monitor, was_running: bool) -> None:
-    """End QEMU's migration, if there is one, and see that a guest that ran runs on. MonitorError or
-    ReplicationError if that cannot be had."""
-    if status_of(monitor) in UNDER_WAY:
+def undo_memory(monitor: Monitor, was_running: bool, former: Settings) -> str:
+    """End QEMU's migration, if there is one, see that a guest that ran runs on, and undo what was set for it.
+    Returns what is not as it was, if anything. MonitorError or ReplicationError if the guest does not run."""
+    status = status_of(monitor)
+    if status in UNDER_WAY:
         monitor.call("migrate_cancel")
+    # One that waits for an answer to its first packet cannot be told not to. It does the guest no harm.
+    is_connecting = status == "setup"
+    _await_guest(monitor, was_running, is_connecting)
+    if is_connecting and status_of(monitor) in UNDER_WAY:
+        Settings({}, former.parameters).apply(monitor)
+        return ("QEMU has not ended its migration: it still waits for a connection, maybe for two minutes, and "
+                f"keeps {', '.join(former.capabilities)} set")
+    former.apply(monitor)
+    return ""
+
+
+def _await_guest(monitor: Monitor, was_running: bool, is_connecting: bool) -> None:
     deadline_s = time.monotonic() + SETTLE_S
     while True:
-        ended = status_of(monitor) not in UNDER_WAY
+        migration = status_of(monitor)
+        ended = migration not in UNDER_WAY or (is_connecting and migration == "cancelling")
         status: dict[str, Any] = monitor.call("query-status")
         if ended and (status["running"] or not was_running or status["status"] == SHUT_DOWN):
             return
         if ended and status["status"] in STANDS_STILL:
             monitor.call("cont")
         if time.monotonic() > deadline_s:
-            raise ReplicationError(f"the guest is {status['status']}, not running",
+            raise ReplicationError(f"QEMU's migration is {migration}, and the guest {status['status']}",
                                    hint="'migrate_cancel' and 'cont' in QEMU's monitor let it run on")
         monitor.events(POLL_S)
 
@@ -63,8 +80,13 @@ def cancel_memory(monitor: Monitor, was_running: bool) -> None:
 def stop_guest(monitor: Monitor) -> None:
     """See that the guest does not run here. When a migration has failed QEMU starts it, a moment after it has said
     so. Told to stop it, QEMU does not answer before its disks do: if the guest has asked something of a fenced
-    one, only once that is resumed."""
+    one, only once that is resumed. Nor does it answer anything while it sends to a host that is gone: then the
+    migration is broken off."""
     monitor.answer_s = STOP_S
+    try:
+        monitor.call("query-status")
+    except Silence:
+        monitor.yank()
     deadline_s = time.monotonic() + STOP_S
     while not monitor.call("query-status")["running"]:
         if time.monotonic() > deadline_s:

@@ -18,7 +18,8 @@ ROOT = Path(__file__).resolve().parents[2]
 KERNEL_DIR = ROOT / ".venv" / "guest"
 MEMORY_MIB = 128
 WAIT_S = 60
-GEOMETRY = "cyls=130,heads=16,secs=63"
+RECONNECT = ",file.reconnect-delay=60"
+GEOMETRY = ",cyls=130,heads=16,secs=63"
 """Of a disk that cannot be read when its QEMU starts: then QEMU does not look for one there."""
 MODULES = ("virtio_ring", "virtio", "virtio_pci_modern_dev", "virtio_pci_legacy_dev", "virtio_pci", "virtio_blk")
 BOOT_TIMEOUT_S = 90
@@ -59,8 +60,9 @@ def make_initramfs(folder: Path, script: str) -> Path:
     return image
 
 
-def command_of(initramfs: Path, disks: Sequence[str], *, memory_mib: int = 256, geometry: str = "") -> list[str]:
-    """QEMU, for a guest whose disks are the NBD URIs `disks`."""
+def command_of(initramfs: Path, disks: Sequence[str], *, memory_mib: int = 256, waits: bool = False) -> list[str]:
+    """QEMU, for a guest whose disks are the NBD URIs `disks`. With `waits` those cannot be read yet, and their
+    servers may be started again."""
     need("qemu-system-x86_64")
     assert (KERNEL_DIR / "vmlinuz").exists(), "no guest kernel: tools/setup dev fetches it"
     command = [
@@ -69,8 +71,9 @@ def command_of(initramfs: Path, disks: Sequence[str], *, memory_mib: int = 256, 
         "-append", "console=ttyS0 quiet panic=-1",
     ]
     for number, uri in enumerate(disks):
-        command += ["-drive", f"file={uri},format=raw,if=none,id=disk{number},cache=none,discard=unmap",
-                    "-device", f"virtio-blk-pci,drive=disk{number}{geometry and ','}{geometry}"]
+        drive = f"file={uri},format=raw,if=none,id=disk{number},cache=none,discard=unmap"
+        command += ["-drive", drive + (RECONNECT if waits else ""),
+                    "-device", f"virtio-blk-pci,drive=disk{number}{GEOMETRY if waits else ''}"]
     return command
 
 
@@ -89,15 +92,16 @@ class Guest:
     """A QEMU that runs: booted, or with `incoming` waiting for a guest. Its monitor is at `monitor`."""
 
     def __init__(self, folder: Path, initramfs: Path, disks: Sequence[str], incoming: str | None = None,
-                 *options: str) -> None:
+                 *options: str, at: Sequence[str] = ()) -> None:
+        """`at`: what the command begins with."""
         self.monitor = f"unix:{folder}/{'there' if incoming else 'here'}.qmp"
         self._console = bytearray()
         self._grown = threading.Condition()
         options = ("-qmp", f"{self.monitor},server=on,wait=off", *options)
         if incoming is not None:
             options += ("-incoming", incoming)
-        command = command_of(initramfs, disks, memory_mib=MEMORY_MIB, geometry=GEOMETRY if incoming else "")
-        self.process = subprocess.Popen([*command, *options], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        command = command_of(initramfs, disks, memory_mib=MEMORY_MIB, waits=incoming is not None)
+        self.process = subprocess.Popen([*at, *command, *options], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                         stderr=subprocess.DEVNULL if incoming else None)
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -119,9 +123,16 @@ class Guest:
         with self._grown:
             assert self._grown.wait_for(lambda: seen(self.console), WAIT_S), self.console
 
+    def shut_down(self) -> None:
+        """The guest does, by itself."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(b"\n")
+        self.process.stdin.flush()
+
     def end(self) -> None:
         self.process.kill()
         self.process.wait(WAIT_S)
         self._reader.join(WAIT_S)
-        assert self.process.stdout is not None
+        assert self.process.stdout is not None and self.process.stdin is not None
         self.process.stdout.close()
+        self.process.stdin.close()

@@ -7,14 +7,16 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from interop.guest import Guest
+from interop.hosts import Hosts, one_machine
 from processes import Tapdisk, read_line
 
+from tapcore import tapctl
 from tapcore.control import find_disk
 from writelog.migrate_qmp import Monitor
 
@@ -24,16 +26,11 @@ SLOTS = SIZE // BLOCK
 WAIT_S = 60
 SLOWLY = "--memory-rate=8M"
 """So that there is time for something to happen meanwhile."""
-KILLED_AT = """
-import sys
-import killed_at
-from writelog import migrate
-killed_at.arm(sys.argv.pop(1))
-sys.exit(migrate.main())
-"""
 Serve = Callable[..., Tapdisk]
 
+STEERED = Path(__file__).with_name("steered_migrate.py")
 WRITER = """\
+(read line < /dev/console; poweroff -f) &
 n=0
 while true; do
   n=$((n + 1))
@@ -48,52 +45,73 @@ CHOOSE = {1: "disk=/dev/vda", 2: "[ $((n % 2)) = 1 ] && disk=/dev/vda || disk=/d
 class Move:
     """A guest with `disks` disks that writes, and all that is there for it to move to."""
 
-    def __init__(self, folder: Path, serve: Serve, initramfs: Path, disks: int, *there: str) -> None:
+    def __init__(self, folder: Path, serve: Serve, initramfs: Path, disks: int, *there: str,
+                 hosts: Hosts | None = None) -> None:
         """`there`: options of the QEMU at the destination."""
         self.folder = folder
+        self.hosts = hosts or one_machine(folder)
         self._options_there = there
-        self.incoming = f"unix:{folder}/incoming"
+        self._initramfs = initramfs
         self.names = [f"vm{number}" for number in range(disks)]
         for name in self.names:
             for place in ("here", "there"):
                 with (folder / f"{name}.{place}").open("wb") as file:
                     file.truncate(SIZE)
-        self.tapdisks = [serve(f"log:{name}|aio:{folder}/{name}.here", "--name", name) for name in self.names]
-        self.here = Guest(folder, initramfs, [tapdisk.uri for tapdisk in self.tapdisks])
-        self.replicas = [subprocess.Popen(
-            [sys.executable, "-m", "writelog.replica", "--insecure-loopback-only",
-             "--listen", "tcp://127.0.0.1:0", "--name", name, "--nbd",
-             f"unix:{folder}/{name}.nbd", f"aio:{folder}/{name}.there"], stdout=subprocess.PIPE)
-            for name in self.names]
+        self.tapdisks = [serve(f"log:{name}|aio:{folder}/{name}.here", "--name", name, at=self.hosts.here)
+                         for name in self.names]
+        self.here = Guest(folder, initramfs, [tapdisk.uri for tapdisk in self.tapdisks],
+                          None, *self.hosts.qemu_here, at=self.hosts.here)
+        self.replicas = [self._start_replica(number) for number in range(disks)]
         self.endpoints = [read_line(replica).split()[-1] for replica in self.replicas]
-        self._initramfs = initramfs
         self.there = self._wait_there()
         self.migrate: subprocess.Popen[bytes] | None = None
         self.here.wait_for(lambda text: "wrote 20." in text)
 
+    def _start_replica(self, number: int) -> subprocess.Popen[bytes]:
+        name = self.names[number]
+        return subprocess.Popen(
+            [*self.hosts.there, sys.executable, "-m", "writelog.replica", *self.hosts.keys_there,
+             "--listen", self.hosts.endpoint(number), "--name", name, "--nbd", f"unix:{self.folder}/{name}.nbd",
+             f"aio:{self.folder}/{name}.there"], stdout=subprocess.PIPE)
+
+    def start_replica_again(self) -> None:
+        """The first one, which has ended."""
+        self.replicas[0].communicate(timeout=WAIT_S)
+        self.replicas[0] = self._start_replica(0)
+        assert read_line(self.replicas[0]).split()[-1] == self.endpoints[0]
+
     def _wait_there(self) -> Guest:
         uris = [f"nbd+unix:///{name}?socket={self.folder}/{name}.nbd" for name in self.names]
-        return Guest(self.folder, self._initramfs, uris, self.incoming, *self._options_there)
+        return Guest(self.folder, self._initramfs, uris, self.hosts.waits or self.hosts.incoming,
+                     *self.hosts.qemu_there, *self._options_there, at=self.hosts.there)
 
     def wait_there_again(self) -> None:
         """A new QEMU at the destination: one whose guest did not come has ended."""
         self.there.end()
         self.there = self._wait_there()
 
-    def arguments(self, *options: str) -> list[str]:
+    def arguments(self, *options: str, monitor: str | None = None) -> list[str]:
         """Of writelog-migrate."""
         disks = [f"--disk={name}={endpoint}" for name, endpoint in zip(self.names, self.endpoints, strict=True)]
-        return ["--insecure-loopback-only", "--json", "--run-dir", str(self.tapdisks[0].run_dir),
-                "--qmp", self.here.monitor,
-                "--to", self.incoming, *disks, *options]
+        return [*self.hosts.keys_here, "--json", "--run-dir", str(self.tapdisks[0].run_dir),
+                "--qmp", monitor or self.here.monitor, "--to", self.hosts.incoming, *disks, *options]
 
-    def start(self, *options: str, killed_at: str | None = None) -> subprocess.Popen[bytes]:
-        """Start writelog-migrate; with `killed_at` it is killed at a place in the code: see killed_at.py."""
-        program = ["-m", "writelog.migrate"] if killed_at is None else ["-c", KILLED_AT, killed_at]
+    def start(self, *options: str, killed_at: str | None = None, held_at: Sequence[str] = (),
+              monitor: str | None = None, **limits: float) -> subprocess.Popen[bytes]:
+        """Start writelog-migrate; what steers it: see steered_migrate.py."""
+        steering = {"killed": [killed_at] if killed_at else [], "held": held_at, "limits": limits}
         self.migrate = subprocess.Popen(
-            [sys.executable, *program, *self.arguments(*options)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            env=os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[1])})
+            [*self.hosts.here, sys.executable, "-P", str(STEERED), json.dumps(steering),
+             *self.arguments(*options, monitor=monitor)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            env=os.environ | {"PYTHONPATH": f"{STEERED.parents[2]}:{STEERED.parents[1]}"})
         return self.migrate
+
+    def let_go_on(self) -> None:
+        """One that is held."""
+        assert self.migrate is not None and self.migrate.stdin is not None
+        self.migrate.stdin.write(b"\n")
+        self.migrate.stdin.flush()
 
     def wait_for_event(self, state: str) -> dict[str, Any]:
         """The next event of that state."""
@@ -125,6 +143,23 @@ class Move:
         for name in self.names:
             info = self.info(name)
             assert info["state"] == "running" and info["fenced"] is None and info["holder"] is None
+
+    def take_back(self) -> None:
+        """What an operator is told to do when the guest runs nowhere. Until then it writes nothing."""
+        written = len(self.acknowledged)
+        self.there.end()
+        for replica in self.replicas:
+            replica.terminate()
+            replica.communicate(timeout=WAIT_S)
+        for name in self.names:
+            assert self.info(name)["fenced"]
+        assert len(self.acknowledged) <= written + 1
+        for name in self.names:
+            assert tapctl.main(["--run-dir", str(self.tapdisks[0].run_dir), "unpause", "--force", name]) == 0
+        with closing(Monitor(self.here.monitor)) as monitor:
+            monitor.call("migrate_cancel")
+            monitor.call("cont")
+        self.is_here()
 
     def is_as_before(self) -> None:
         """AssertionError unless nothing of what QEMU was told for its migration is left."""
