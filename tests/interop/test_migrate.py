@@ -56,7 +56,7 @@ def test_killed_before_the_switch_at_each_step_then_it_moves(begin: Begin) -> No
     """Each time the guest runs on, and its disks are here, and its QEMU as before; in the end it moves."""
     move = begin(2)
     for place in BEFORE_THE_SWITCH:
-        killed = move.start("--throttle-floor=off", SLOWLY, killed_at=place)
+        killed = move.start("--throttle-floor=off", "--memory-rate=100M", killed_at=place)
         assert killed.wait(WAIT_S) == -signal.SIGKILL
         _, _, error = move.finish()
         assert "the migration was cancelled; the guest runs on here" in error
