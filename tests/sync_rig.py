@@ -244,6 +244,11 @@ class Rig:
         keys = [] if any(argument.startswith("--key") for argument in arguments) else ["--insecure-loopback-only"]
         return sync.main(["--run-dir", str(self.env.run_dir), "--peer-timeout", "2", *keys, *arguments])
 
+    def verify(self, *arguments: str) -> int:
+        """Run writelog-sync verify here; its exit code."""
+        return sync.main(["verify", "--run-dir", str(self.env.run_dir), "--peer-timeout", "2",
+                          "--insecure-loopback-only", *arguments])
+
     def close(self) -> None:
         for closer in self._closers:
             closer()

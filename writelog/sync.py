@@ -15,7 +15,7 @@ from tapcore.errors import WritelogError
 from tapcore.params import size_bytes
 from tapcore.rundir import default_run_dir
 from tapcore.text import size_text
-from writelog import sync_command, sync_plan, sync_simulate
+from writelog import sync_command, sync_plan, sync_simulate, sync_verify_run
 from writelog.plan import Limits
 from writelog.replica import run_command, seconds, some_seconds
 from writelog.sync_control import Wishes
@@ -25,6 +25,8 @@ from writelog.sync_group_report import GroupReporter
 from writelog.sync_hooks import Hooks
 from writelog.sync_keys import add_key_options, check_key_options, find_peer
 from writelog.sync_pack import AUTO, OFF, ON
+from writelog.sync_receipt import Receipt
+from writelog.sync_report import Report
 from writelog.sync_run import Sync
 from writelog.sync_source import Source
 from writelog.sync_stop import Interrupted
@@ -52,6 +54,7 @@ examples:
   writelog-sync --disk vm1=tcp://192.0.2.7:5599 --disk vm1-data=tcp://192.0.2.7:5600
                                                                      two disks with one switch-over
   writelog-sync plan --rate 110M vm1                                 watch the guest, and forecast
+  writelog-sync verify vm1 tcp://192.0.2.7:5599                      is the copy good? --repair mends it
   writelog-sync simulate                                             what to expect, in made-up time
 
 exit codes: 0 the replica has confirmed its copy (and taken over), 1 it has not, 2 wrong usage, 130 interrupted
@@ -137,6 +140,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
                              "template; where next to nothing is equal, extents are sent as they are")
     parser.add_argument("--verify", action="store_true",
                         help="compare the whole disks during the pause, which makes it much longer: both are read")
+    parser.add_argument("--receipt", type=Path, metavar="FILE",
+                        help="with --verify: that they are equal, and when, as JSON")
     parser.add_argument("--peer", metavar="NAME",
                         help="whose key the replica must have, as `writelog pair list` shows it (default: HOST, "
                              "or the only one that is known)")
@@ -147,6 +152,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         parser.error("give DISK tcp://HOST:PORT, or --disk NAME=tcp://HOST:PORT for each of several")
     if options.max_rate is not None and (options.rate is None or options.max_rate < options.rate):
         parser.error("--max-rate goes with a lower --rate")
+    if options.receipt is not None and (not options.verify or options.pairs):
+        parser.error("--receipt goes with --verify, and with one disk")
     check_key_options(parser, options, "--server-key")
     return options
 
@@ -189,7 +196,17 @@ def run(options: argparse.Namespace) -> int:
             reporter.failed(str(error))
             raise
         reporter.end(report.figures(), report.lines())
+    if options.receipt is not None and isinstance(report, Report):
+        keep_receipt(report, options.receipt)
     return 0
+
+
+def keep_receipt(report: Report, path: Path) -> None:
+    """That it cannot be written does not undo what was done."""
+    try:
+        Receipt.of(report).write(path)
+    except WritelogError as error:
+        print(f"writelog-sync: {error}", file=sys.stderr)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -203,6 +220,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments and arguments[0] == "plan":
         options = sync_plan.parse_arguments(arguments[1:], rate, seconds)
         return run_command(lambda: sync_plan.run(options), "writelog-sync")
+    if arguments and arguments[0] == "verify":
+        options = sync_verify_run.parse_arguments(arguments[1:], rate, some_seconds)
+        return run_command(lambda: sync_verify_run.run(options), "writelog-sync")
     if arguments and arguments[0] in sync_command.COMMANDS:
         op = arguments[0]
         options = sync_command.parse_arguments(op, arguments[1:], rate, floor, seconds)

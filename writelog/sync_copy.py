@@ -8,9 +8,10 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Final
 
+from bitarray import bitarray
 from bitarray.util import ones, zeros
 
 from writelog.backlog import Backlog
@@ -61,6 +62,8 @@ class Copier:
         self._committed_bytes = 0
         self._asked_s = self._looked_s = -math.inf
         self._zero_growth = 1
+        self.on_news: Callable[[bitarray], None] | None = None
+        """Who else wants to hear it."""
         self.is_calm = False
         """Nobody waits for a switch-over: what is hot is sent less often."""
 
@@ -72,7 +75,7 @@ class Copier:
         """The replica lacks what the log has: `is_all` of the disk, or some of it."""
         log = self.source.log
         blocks = -(-log.size_bytes // log.granularity_bytes)
-        self._ask()  # from here on the log tells of new writes
+        self.ask()  # from here on the log tells of new writes
         if is_all:
             self.backlog.add_all()
             self.pipeline.begin_pass(ones(blocks, "little"))
@@ -96,9 +99,10 @@ class Copier:
         self.pipeline.add(portion)
 
     def _durable(self, portion: Portion) -> None:
-        self.source.commit(portion)
+        if portion.lease:
+            self.source.commit(portion)
+            self._committed_bytes += sum(length for _, _, length in portion.items)
         self.backlog.confirmed(portion.chunks)
-        self._committed_bytes += sum(length for _, _, length in portion.items)
 
     def give_back(self) -> None:
         """The connection is gone: what is not confirmed is dirty again. Nothing may be on its way any more."""
@@ -115,7 +119,7 @@ class Copier:
             ranges = backlog.next(min(portion_bytes * self._zero_growth, MAX_ZERO_TAKE_BYTES))
             if not ranges:
                 if time.monotonic() - self._asked_s >= (CALM_NEWS_S if self.is_calm else NEWS_S):
-                    self._ask()
+                    self.ask()
                 return
             portion = self.source.take_listed(ranges)
             if portion is not None:
@@ -123,10 +127,13 @@ class Copier:
             is_data = portion is not None and not all(is_zero for is_zero, _, _ in portion.items)
             self._zero_growth = 1 if is_data else min(2 * self._zero_growth, MAX_ZERO_TAKE_BYTES // portion_bytes)
 
-    def _ask(self) -> None:
+    def ask(self) -> None:
         """Hear from the log what was written."""
         self._asked_s = time.monotonic()
-        self.backlog.touch(self._asked_s, self.source.touched(), self.planner.outlook.send_rate)
+        touched = self.source.touched()
+        self.backlog.touch(self._asked_s, touched, self.planner.outlook.send_rate)
+        if self.on_news is not None:
+            self.on_news(touched)
 
     @property
     def look_is_due(self) -> bool:
@@ -136,7 +143,7 @@ class Copier:
     def look(self) -> Outlook:
         """Where the sync is now."""
         if time.monotonic() - self._asked_s >= SAMPLE_S:
-            self._ask()
+            self.ask()
         dirty_bytes, leased_bytes = self.source.dirty_bytes()
         pipeline = self.pipeline
         now_s = self._looked_s = time.monotonic()

@@ -53,6 +53,7 @@ class Portion:
     """What one lease took: [(is_zero, offset, length)], as the disk's map says."""
 
     lease: int
+    """0: it holds what the log thinks the replica has."""
     items: list[tuple[bool, int, int]]
     chunks: Runs
     """Where its blocks are."""
@@ -199,6 +200,10 @@ class Pipeline:
     @property
     def open_portions(self) -> int:
         return len(self._portions)
+
+    def is_durable(self, portion: Portion) -> bool:
+        """Whether one that was added on this connection is on the replica's disk."""
+        return 0 <= portion.last_seq <= self._last_durable
 
     @property
     def is_all_sent(self) -> bool:

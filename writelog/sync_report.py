@@ -19,7 +19,7 @@ TTY_INTERVAL_S: Final = 0.2
 
 CONNECTING, SYNCING, STALLED, CONVERGING = "connecting", "syncing", "stalled", "converging"
 SWITCHING, DONE, FAILED = "switching", "done", "failed"
-IN_SYNC, PAUSED = "in sync", "paused"
+IN_SYNC, PAUSED, VERIFYING = "in sync", "paused", "verifying"
 
 
 @dataclass
@@ -66,6 +66,9 @@ class Report:
     disk: str
     replica: str
     size_bytes: int
+    session: str = ""
+    base: str = ""
+    """The name of the copy."""
     handed_over: bool = False
     export: str = ""
     verified: bool = False

@@ -313,7 +313,11 @@ class Sync:
                 self._switch_over.take_back(reason)
                 self._planner.failed_pauses += isinstance(reason, PauseTooLong)
                 self._reporter.state(CONVERGING, str(reason))
+        return self._finished_report()
+
+    def _finished_report(self) -> Report:
         report = self._report
+        report.session, report.base = self._session.hex(), f"{self._source.base:016x}"
         report.handed_over = self._source.handed_over
         report.pause_s = sum(report.pause_parts_s.values())
         report.elapsed_s = time.monotonic() - self._start_s

@@ -76,7 +76,7 @@ class SwitchOver:
     def resume(self) -> None:
         """As `run`, on a new connection after one that broke between the hand-over and the promotion. The log was
         empty and the guest stands still: a replica that holds the base has it all."""
-        self._barrier()
+        self.barrier()
         self._promote()
 
     def break_off(self) -> None:
@@ -108,12 +108,12 @@ class SwitchOver:
                     copier.add(portion)
             talk.pump_until(lambda: pipeline.is_all_sent)
             watch.lap("send")
-            self._barrier()
+            self.barrier()
             watch.lap("flush")
             if not any(source.dirty_bytes()):
                 return
 
-    def _barrier(self) -> None:
+    def barrier(self) -> None:
         """Have the replica flush and confirm all that was sent. ReplicationError if the digests differ."""
         talk, copier = self._talk, self._talk.copier
         expected = copier.pipeline.digest.digest()
@@ -137,7 +137,8 @@ class SwitchOver:
         own = copier.source.content_digest(talk.hear, talk.guard)
         if talk.wait_for(Content).digest != own:
             raise ReplicationError("the replica's disk differs from the primary's",
-                                   hint="does another process write to one of the images? then run the sync again")
+                                   hint="`writelog-sync verify` says where, and with --repair sends that again; "
+                                        "does another process write to one of the images?")
         self._report.verified = True
 
     def _hand_over(self) -> None:
