@@ -29,6 +29,7 @@ connections do not wait for it. A parameter that is null counts as left out; one
 | jobs     | disk                        | jobs: the last job of a disk or of each, with its state and progress  |
 | cancel   | disk                        | ends the job of a disk; job, once it is over                          |
 | shutdown |                             | closes every disk and ends the process; pid                           |
+| restart  |                             | as shutdown, then the process begins anew with the same disks; pid    |
 
 A pause with `hold` belongs to its connection: when that ends, without unpause or handover, the disk goes on by
 itself. It also goes on `hold_s` seconds after the last such pause, each of which sets the time anew: a holder that
@@ -85,6 +86,7 @@ PARAMS: Final = {
     "jobs": "disk:text?",
     "cancel": "disk:text",
     "shutdown": "",
+    "restart": "",
 }
 """The parameters of each op; `?` marks those that may be left out."""
 

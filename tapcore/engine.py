@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import ssl
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from tapcore.namelock import lock_name, unlock_name
 from tapcore.nbd.address import parse_address
 from tapcore.nbd.server import NbdServer
 from tapcore.pausing import Pausing, being_handed_over, held
+from tapcore.restart import HandedDisk, HandedOn
 from tapcore.vbd import Vbd
 from writelog.logstore import forget
 
@@ -70,10 +71,13 @@ class Engine:
         self._on_down = on_down
         self._shutting_down = False
         self._shutdown_calls: list[Call] = []
+        self.handed_on: HandedOn | None = None
+        """What the program that follows this one is to serve; None if none follows."""
         self._ops: dict[str, Callable[[Call], dict[str, Any] | None]] = {
             "version": self._version, "list": self._list, "open": self._open, "close": self._close,
             "pause": pausing.pause, "unpause": pausing.unpause, "handover": pausing.handover, "stats": self._stats,
             "info": self._info, "map": self._map, "shutdown": self._shutdown, "throttle": pausing.throttle,
+            "restart": self._restart,
             "snapshot": jobs.snapshot, "commit": jobs.commit, "stream": jobs.stream, "jobs": jobs.jobs,
             "cancel": jobs.cancel,
         }
@@ -82,18 +86,20 @@ class Engine:
         """Serve the control protocol; returns the socket. ControlError if that cannot be done."""
         return self._control.listen()
 
-    def share(self, address: str) -> None:
+    def share(self, address: str, listener_fd: int | None = None) -> None:
         """Listen on an NBD address that reaches by its name every disk that is opened later without an address of
-        its own. UsageError or ControlError if it cannot."""
-        _listen(self._shared, address)
+        its own; `listener_fd` as for `NbdServer.listen`. UsageError or ControlError if it cannot."""
+        _listen(self._shared, address, listener_fd)
 
     # Disks
 
     def open(
-        self, chain: str, name: str | None = None, *, read_only: bool = False, nbd: Sequence[str] = ()
+        self, chain: str, name: str | None = None, *, read_only: bool = False, nbd: Sequence[str] = (),
+        listener_fds: Mapping[str, int] | None = None,
     ) -> Disk:
         """Open a disk and serve it: at the NBD addresses `nbd`, which reach it alone, or else at the shared ones,
-        or if there are none at NAME.nbd in the run directory. WritelogError, with nothing left open."""
+        or if there are none at NAME.nbd in the run directory. `listener_fds` are of sockets that listen at some of
+        these already. WritelogError, with nothing left open."""
         if self._shutting_down:
             raise ControlError("this tapdisk is shutting down", errno=errno.ESHUTDOWN)
         name = default_name(chain) if name is None else name
@@ -106,7 +112,7 @@ class Engine:
                 exports = {}
                 server = self._new_server(exports)
                 for address in nbd or [f"unix:{self._env.run_dir / name}.nbd"]:
-                    _listen(server, address)
+                    _listen(server, address, (listener_fds or {}).get(address))
             vbd = Vbd(self._env, name, max_retries=self._max_retries, retry_interval_s=self._retry_interval_s)
             vbd.open(chain, OpenFlag.RDONLY if read_only else OpenFlag.NONE)
         except BaseException:
@@ -275,6 +281,20 @@ class Engine:
         self._shutdown_calls.append(call)
         self.shutdown()
 
+    def _restart(self, call: Call) -> None:
+        """As a shutdown; what is served now is `handed_on` then, with the sockets."""
+        for disk in self.disks.values():
+            if disk.holder is not None:
+                raise held(disk)
+            if disk.is_busy or disk.closing or disk.handing_over or disk.forcing:
+                raise ControlError(f"disk {disk.name!r} has something under way", errno=errno.EBUSY,
+                                   hint="see tap-ctl jobs; wait for its end, or cancel it")
+        disks = [HandedDisk(disk.name, disk.vbd.chain.text, disk.vbd.read_only, disk.pinned,
+                            disk.server.hand_on() if disk.server is not self._shared else [])
+                 for disk in self.disks.values()]
+        self.handed_on = HandedOn(self._shared.hand_on(), self._env.reach.named, disks)
+        self._shutdown(call)
+
     # The map
 
     def _map(self, call: Call) -> dict[str, Any] | None:
@@ -306,10 +326,10 @@ def default_name(chain: str) -> str:
     return f"_{name[1:]}" if name.startswith(".") else name
 
 
-def _listen(server: NbdServer, address: str) -> None:
+def _listen(server: NbdServer, address: str, listener_fd: int | None = None) -> None:
     """UsageError or ControlError if it cannot."""
     try:
         address.encode()
     except UnicodeEncodeError:
         raise UsageError(f"{address!r} cannot be written as a URI", hint="use a path of UTF-8") from None
-    server.listen(address)
+    server.listen(address, listener_fd)

@@ -27,9 +27,14 @@ VARIABLE: Final = "TAPDISK_BACKING_DIRS"
 class Reach:
     """`folders` are allowed besides an image's own; None: any file is. In any thread."""
 
-    def __init__(self, folders: Iterable[Path] | None = None) -> None:
+    def __init__(self, folders: Iterable[Path] | None = None, named: Iterable[str] = ()) -> None:
         self._folders = None if folders is None else frozenset(folder.resolve() for folder in folders)
-        self._named: set[Path] = set()
+        self._named = set(map(Path, named))
+
+    @property
+    def named(self) -> list[str]:
+        """The files that the operator has named, by the kernel's names for them."""
+        return sorted(map(str, self._named))
 
     def add_named(self, fd: int) -> None:
         """The operator himself has named the file that is open as `fd`."""

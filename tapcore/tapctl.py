@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 DEFAULT_TIMEOUT_S: Final = 60.0
 LOOK_INTERVAL_S: Final = 0.1
 """Between looks at a job that is waited for."""
+RESTART_POLL_S: Final = 0.01
+"""Between looks whether a tapdisk is there again."""
 
 EXAMPLES = """\
 DISK is a name as `tap-ctl list` shows it. Give paths in a CHAIN or an address in full: the tapdisk has its own
@@ -45,6 +47,7 @@ examples:
   tap-ctl commit disk.img --rate 100M              they go into the image below; the disk goes on with that
   tap-ctl stream disk.img                          the top image gets all that is only in those below
   tap-ctl close disk.img
+  tap-ctl restart 1234                             with the program that is installed now, under its guests
   tap-ctl shutdown 1234
 """
 
@@ -125,6 +128,10 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     add("spawn", _spawn, "Start a tapdisk in the background: give it CHAINs and options as to tapdisk.")
     ending = add("shutdown", _shutdown, "Close every disk of a tapdisk and end it.")
     ending.add_argument("pid", metavar="PID", type=int, nargs="?", help="which, if several run")
+    restarting = add("restart", _restart, "Have a tapdisk go on as the program that is installed now, with the "
+                     "same pid, disks and addresses: its disks are closed and opened again, their logs go on. NBD "
+                     "clients have to connect again, as QEMU's do with reconnect-delay; their requests wait.")
+    restarting.add_argument("pid", metavar="PID", type=int, nargs="?", help="which, if several run")
     defaults = argparse.Namespace(run_dir=None, json=False, timeout=DEFAULT_TIMEOUT_S, status=0)
     options, rest = parser.parse_known_args(arguments, defaults)
     options.for_tapdisk = rest
@@ -366,6 +373,43 @@ def _shutdown(options: argparse.Namespace) -> None:
     with _tapdisk(options) as client:
         result = client.call("shutdown")
     _print_result(options, result, f"tapdisk {result['pid']} has closed its disks and ends")
+
+
+def _restart(options: argparse.Namespace) -> None:
+    # A program that cannot even begin is found out about while the old one still serves.
+    check = subprocess.run([sys.executable, "-m", "tapcore.tapdisk", "help"], stdin=subprocess.DEVNULL,
+                           capture_output=True, text=True, check=False, timeout=options.timeout)
+    if check.returncode:
+        raise ControlError(f"the tapdisk that is installed now does not work: {check.stderr.strip()[-400:]}",
+                           hint="nothing was done")
+    with _tapdisk(options) as client:
+        before = client.call("list")
+        start_s = time.monotonic()
+        pid = client.call("restart")["pid"]
+        path = client.path
+    deadline_s = start_s + options.timeout
+    while True:
+        try:
+            with ControlClient(path, options.timeout) as client:
+                after = client.call("list")
+            break
+        except ControlError as error:
+            if not _is_running(pid) or time.monotonic() > deadline_s:
+                chains = " ".join(f"'{disk['name']}={disk['chain']}'" for disk in before["disks"])
+                raise ControlError(
+                    f"tapdisk {pid} closed its disks and did not open them again: {error.message}",
+                    hint=f"it says why where its errors go; start one with tapdisk {chains}") from error
+            time.sleep(RESTART_POLL_S)
+    took_ms = (time.monotonic() - start_s) * 1e3
+    _print_result(options, after | {"took_ms": took_ms},
+                  f"tapdisk {pid} serves {len(after['disks'])} disks again, after {took_ms:.0f} ms")
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 # Printing

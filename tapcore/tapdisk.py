@@ -20,6 +20,7 @@ from tapcore.rundir import default_run_dir
 if TYPE_CHECKING:
     from tapcore.driver import Driver
     from tapcore.engine import Engine
+    from tapcore.restart import HandedOn
 
 CLOSE_TIMEOUT_S: Final = 60.0
 """How long a start that failed waits for what it had opened already."""
@@ -74,7 +75,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """The command line; `disks` are pairs of a name (or None) and a chain."""
     parser = argparse.ArgumentParser(prog="tapdisk", description=DESCRIPTION, epilog=EXAMPLES,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("chains", nargs="+", metavar="[NAME=]CHAIN", help="a disk to serve")
+    parser.add_argument("chains", nargs="*", metavar="[NAME=]CHAIN", help="a disk to serve")
     parser.add_argument("--run-dir", type=Path, metavar="DIR", help="where the control socket is (default: "
                         "$TAPDISK_RUN_DIR, /run/tapdisk for root, else $XDG_RUNTIME_DIR/tapdisk)")
     parser.add_argument("--name", help="the name of the only disk")
@@ -96,7 +97,10 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--daemon", action="store_true", help="go into the background once the disks are served; "
                         "what it says then is in tapdisk-PID.log in the run directory")
     parser.add_argument("-v", "--verbose", action="store_true", help="tell more")
+    parser.add_argument("--handed-on", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    if not options.chains and options.handed_on is None:
+        parser.error("a CHAIN is needed")
     options.disks = [split_name(text) for text in options.chains]
     if options.name is not None:
         if len(options.disks) > 1 or options.disks[0][0] is not None:
@@ -145,19 +149,26 @@ def _serve(options: argparse.Namespace, run_dir: Path, ready: Callable[[], None]
     from tapcore.engine import Engine
     from tapcore.loop import Loop
     from tapcore.nbd.tls import load_credentials
+    from tapcore.restart import execute, read
     from tapcore.workers import Workers
 
+    handed_on = read(options.handed_on) if options.handed_on is not None else None
     tls = load_credentials(options.tls_creds) if options.tls_creds else None
     logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING,
                         format="%(asctime)s tapdisk: %(message)s")
     loop = Loop()
     workers = Workers(loop)
     folders = folders_of_environment() if options.backing_dirs is None else options.backing_dirs
-    engine = Engine(Env(loop, workers, run_dir, Reach(folders or ())), max_retries=options.max_retries,
+    reach = Reach(folders or (), handed_on.named if handed_on else ())
+    engine = Engine(Env(loop, workers, run_dir, reach), max_retries=options.max_retries,
                     retry_interval_s=options.retry_interval, on_down=loop.stop, tls=tls,
                     allow_remote=options.insecure)
 
+    stopping = False
+
     def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal stopping
+        stopping = True
         for again in (signal.SIGTERM, signal.SIGINT):
             signal.signal(again, signal.SIG_DFL)
         loop.call_threadsafe(engine.shutdown)
@@ -166,7 +177,10 @@ def _serve(options: argparse.Namespace, run_dir: Path, ready: Callable[[], None]
         signal.signal(number, stop)
     try:
         try:
-            _open_disks(engine, options, run_dir)
+            if handed_on is not None:
+                _open_handed(engine, handed_on)
+            else:
+                _open_disks(engine, options, run_dir)
             for disk in engine.disks.values():
                 print(disk.name, *engine.uris(disk))
             sys.stdout.flush()
@@ -179,6 +193,8 @@ def _serve(options: argparse.Namespace, run_dir: Path, ready: Callable[[], None]
     finally:
         workers.close()
         loop.close()
+    if engine.handed_on is not None and not stopping:
+        execute(options, run_dir, engine.handed_on)
     return 0
 
 
@@ -190,6 +206,19 @@ def _open_disks(engine: Engine, options: argparse.Namespace, run_dir: Path) -> N
             engine.share(address)
     for name, chain in options.disks:
         engine.open(chain, name, read_only=options.read_only, nbd=own)
+    engine.listen()
+
+
+def _open_handed(engine: Engine, handed_on: HandedOn) -> None:
+    """What the program served that this one follows."""
+    for address, fd in handed_on.shared:
+        engine.share(address, fd)
+    for handed in handed_on.disks:
+        disk = engine.open(handed.chain, handed.name, read_only=handed.read_only,
+                           nbd=[address for address, _ in handed.nbd], listener_fds=dict(handed.nbd))
+        if handed.paused and not disk.pinned:
+            disk.vbd.pause(lambda: None)
+            disk.pinned = True
     engine.listen()
 
 

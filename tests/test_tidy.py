@@ -41,6 +41,7 @@ tapcore.nbd.wire
 tapcore.params
 tapcore.reach
 tapcore.request
+tapcore.restart
 tapcore.rundir
 tapcore.stats
 tapcore.throttle

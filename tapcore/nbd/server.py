@@ -65,15 +65,19 @@ class NbdServer:
         """Connections in the transmission phase on `vbd`."""
         return sum(connection.vbd is vbd for connection in self._connections)
 
-    def listen(self, address: str) -> str:
+    def listen(self, address: str, listener_fd: int | None = None) -> str:
         """Listen on `address` (see `parse_address`); returns it with the port that was bound. UsageError for a
-        bad one, ControlError if it is taken or cannot be bound."""
+        bad one, ControlError if it is taken or cannot be bound. With `listener_fd` a socket listens there already,
+        and is taken over."""
         where = parse_address(address)
         if not where.loopback and not self._allow_remote and self.tls is None:
             raise UsageError(f"{address}: not a loopback address, and NBD is neither encrypted nor authenticated "
                              "without TLS", hint="give TLS credentials, or listen on 127.0.0.1 or a UNIX socket")
         try:
-            if where.path is not None:
+            if listener_fd is not None:
+                listener = socket.socket(fileno=listener_fd)
+                listener.set_inheritable(False)
+            elif where.path is not None:
                 listener = unixsocket.listen(Path(where.path))
             else:
                 family = socket.AF_INET6 if ":" in where.host else socket.AF_INET
@@ -88,6 +92,17 @@ class NbdServer:
         self.addresses.append(bound)
         self.env.loop.add_reader(listener.fileno(), lambda: self._accept(listener))
         return bound
+
+    def hand_on(self) -> list[tuple[str, int]]:
+        """Stop accepting clients, without closing the sockets: who connects waits. Returns the addresses with
+        descriptors of their sockets, which outlive this program."""
+        handed: list[tuple[str, int]] = []
+        for address, (listener, _) in zip(self.addresses, self._listeners, strict=True):
+            self.env.loop.remove(listener.fileno())
+            listener.set_inheritable(True)
+            handed.append((address, listener.detach()))
+        self._listeners.clear()
+        return handed
 
     def close(self) -> None:
         """Stop listening and drop every client."""

@@ -206,7 +206,7 @@ def test_spawn_and_shutdown(ctl: TapCtl, spawned: list[int], image: Path) -> Non
 
 def test_a_spawn_that_fails(ctl: TapCtl) -> None:
     assert "No such file" in ctl.fails("spawn", "aio:/none/disk.img")
-    assert "are required" in ctl.fails("spawn", code=2)
+    assert "a CHAIN is needed" in ctl.fails("spawn", code=2)
 
 
 @pytest.mark.parametrize("arguments", [[], ["nix"], ["list", "--nix"], ["info"], ["map", "d", "--offset", "x"],

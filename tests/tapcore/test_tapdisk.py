@@ -148,7 +148,7 @@ def test_the_number_of_retries_and_their_interval_arrive(serve: Serve) -> None:
     (["--name", "a", "ram:1M", "ram:2M"], 2, "--name is for one CHAIN"),
     (["--max-retries", "-1", "ram:1M"], 2, "not a whole number"),
     (["--retry-interval", "nan", "ram:1M"], 2, "not a number of seconds"),
-    ([], 2, "are required"),
+    ([], 2, "a CHAIN is needed"),
 ])
 @pytest.mark.parametrize("mode", [[], ["--daemon"]], ids=["foreground", "daemon"])
 def test_a_start_that_fails_says_why_and_leaves_nothing(
