@@ -1,5 +1,6 @@
-"""`python -P killed_at.py MODULE:FUNCTION:WHEN:COUNT tapdisk-arguments…`: a tapdisk that is killed, as by kill -9,
-before or after it calls a function for the COUNT-th time. `arm` has any program do so, or something else."""
+"""`python -P killed_at.py [--program MODULE] MODULE:FUNCTION:WHEN:COUNT arguments…`: a tapdisk, or another
+program, that is killed, as by kill -9, before or after it calls a function for the COUNT-th time. `arm` does that
+to the program that calls it, or something else."""
 
 from __future__ import annotations
 
@@ -10,8 +11,6 @@ import signal
 import sys
 from collections.abc import Callable
 from typing import Any
-
-from tapcore.tapdisk import main
 
 
 def die() -> None:
@@ -40,5 +39,10 @@ def arm(place: str, action: Callable[[], None] = die) -> None:
 
 
 if __name__ == "__main__":
-    arm(sys.argv[1])
-    sys.exit(main(sys.argv[2:]))
+    arguments = sys.argv[1:]
+    program = "tapcore.tapdisk"
+    if arguments[0] == "--program":
+        program = arguments[1]
+        del arguments[:2]
+    arm(arguments[0])
+    sys.exit(importlib.import_module(program).main(arguments[1:]))

@@ -1,14 +1,16 @@
-"""An image file whose writes and flushes are recorded, and what a crash may leave of them."""
+"""An image file whose writes and flushes are recorded, and what a crash may leave of them; and workers that work
+when the test says so."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
 from tapcore.formats.imagefile import ImageFile
+from tapcore.workers import Workers
 
 SECTOR = 512
 
@@ -89,3 +91,23 @@ class RecordingFile(ImageFile):
     def discard(self, offset: int, length: int) -> int:
         self._record((offset, bytes(length)))
         return super().discard(offset, length)
+
+
+class ManualWorkers(Workers):
+    """`run` does the work that waits and tells of it."""
+
+    def __init__(self) -> None:
+        self.waiting: list[tuple[Callable[[], None], Callable[[], None]]] = []
+
+    def submit(self, work: Callable[[], None], done: Callable[[], None]) -> None:
+        self.waiting.append((work, done))
+
+    def run(self, limit: int = 1000) -> None:
+        while self.waiting and limit:
+            work, done = self.waiting.pop(0)
+            work()
+            done()
+            limit -= 1
+
+    def close(self) -> None:
+        self.waiting.clear()

@@ -40,6 +40,7 @@ class Peer:
         self.env = env
         self.id = session_id
         self.base = 7
+        self.in_place = False
         self.seq = 0
         self.digest = RunningDigest()
         self.context = zmq.Context()
@@ -96,7 +97,7 @@ class Peer:
         return found[0]
 
     def hello(self, size_bytes: int = SIZE_BYTES, version: int = wire.VERSION) -> None:
-        self.send(Hello(version, self.id, size_bytes, "vm1", self.base, 0, False))
+        self.send(Hello(version, self.id, size_bytes, "vm1", self.base, 0, False, self.in_place))
 
     def begin(self) -> Welcome:
         self.hello()

@@ -19,12 +19,15 @@ from support import LoopThread
 from tapcore.control import ControlClient, find_disk
 from tapcore.driver import Env
 from tapcore.engine import Engine
+from tapcore.errors import WritelogError
 from tapcore.nbd.client import NbdClient
 from tapcore.vbd import Vbd
 from writelog import sync, wire
 from writelog.client import LogClient
 from writelog.hashtree import differing
+from writelog.replica_copy import Copy
 from writelog.replica_server import ReplicaServer
+from writelog.replica_state import StateStore
 from writelog.wire import (
     Ack,
     Barrier,
@@ -33,8 +36,10 @@ from writelog.wire import (
     ContentDigest,
     Data,
     Digest,
+    Epoch,
     Failure,
     Hello,
+    Kept,
     Message,
     Packed,
     Probe,
@@ -147,7 +152,8 @@ class Script:
         if isinstance(message, Hello):
             self.connections += 1
             self._digest = RunningDigest()
-            return Welcome(self.base if self.base in (message.base, message.former) else 0, 64 << 20)
+            held = self.base if self.base in (message.base, message.former) else 0
+            return Welcome(held, 64 << 20, False, 0)
         if isinstance(message, Base):
             self.base = message.base
             return None
@@ -167,6 +173,8 @@ class Script:
             return Ack(message.seq, message.seq if self.durable else 0, 0, 0)
         if isinstance(message, Barrier):
             return Digest(message.seq, self._digest.digest())
+        if isinstance(message, Epoch):
+            return Kept(1, False)
         if isinstance(message, Verify):
             content = ContentDigest(SIZE_BYTES)
             for chunk in range(content.chunks):
@@ -220,16 +228,22 @@ class Rig:
             guest.write(SIZE_BYTES - 512, b"alive" + bytes(507))
         return True
 
-    def replica(self, chain: str, **options: Any) -> str:
-        """Start a real replica; its address."""
+    def replica(self, chain: str, store: StateStore | None = None, journal: Path | None = None,
+                **options: Any) -> str:
+        """Start a real replica; its address. With a store, and a journal, it keeps what it knows there."""
         vbd = Vbd(self.env, "replica")
 
         def start() -> ReplicaServer:
             vbd.open(chain)
             vbd.pause(lambda: None)
-            return ReplicaServer(self.env, vbd, **options)
+            copy = Copy(self.env, vbd.chain.head, store or StateStore(), journal)
+            copy.recover(recovered.append)
+            return ReplicaServer(self.env, vbd, copy=copy, **options)
 
+        recovered: list[WritelogError | None] = []
         server = self._thread.call(start)
+        self._thread.until(lambda: bool(recovered))
+        assert recovered == [None]
         endpoint = self._thread.call(lambda: server.listen("tcp://127.0.0.1:0"))
         self._closers.append(lambda: self._close_replica(server, vbd))
         return endpoint

@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import logging
-import os
 import signal
-import stat
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,13 +18,17 @@ from tapcore.drivers.log import Log
 from tapcore.errors import UsageError, WritelogError
 from tapcore.loop import Loop
 from tapcore.nbd.server import NbdServer
+from tapcore.params import size_bytes
 from tapcore.rundir import default_run_dir
 from tapcore.vbd import Vbd
 from tapcore.workers import Workers
+from writelog import replica_command
 from writelog.keyring import create_keys
+from writelog.replica_command import open_copy, recover
+from writelog.replica_copy import SUFFIX as JOURNAL_SUFFIX
 from writelog.replica_server import ReplicaServer
 from writelog.replica_session import CREDIT_BYTES
-from writelog.replica_state import SUFFIX, StateStore
+from writelog.replica_state import SUFFIX
 from writelog.sync_keys import add_key_options, check_key_options, open_door
 from writelog.wire import MAX_DATA_BYTES
 
@@ -40,6 +42,8 @@ MIN_OPTION_S: Final = 0.1
 DESCRIPTION = """\
 Receive a disk from writelog-sync into CHAIN, which must exist and be as large as the disk. Until the switch-over
 the export's clients can connect, and their requests wait; then they are served. One sync at a time.
+A consistent copy stays one while it is brought up to date: what comes goes into a journal beside it, IMAGE.redo,
+and is applied in one step when it is complete.
 SIGTERM and SIGINT end it when the requests under way are completed; a second one at once."""
 
 EXAMPLES = """\
@@ -47,6 +51,9 @@ examples:
   truncate -s 20G /vm/copy.img
   writelog pair listen              once: it shows a code for `writelog pair connect` on the other host
   writelog-replica --listen tcp://192.0.2.7:5599 --nbd unix:/run/copy.sock aio:/vm/copy.img
+
+  writelog-replica status aio:/vm/copy.img      what the copy is good for
+  writelog-replica promote aio:/vm/copy.img     the primary is lost: this becomes the disk
 
   with a key of its own instead of the host's:
   writelog-replica keygen /etc/writelog --name replica
@@ -74,6 +81,14 @@ def some_seconds(text: str) -> float:
     return value
 
 
+def journal_limit(text: str) -> int:
+    """An option's size in bytes."""
+    try:
+        return size_bytes("a size", text)
+    except WritelogError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="writelog-replica", description=DESCRIPTION, epilog=EXAMPLES,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -89,6 +104,11 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--state", type=Path, metavar="FILE",
                         help="where to keep what is known of the image, so that a sync goes on after a restart "
                              f"(default: IMAGE{SUFFIX}, for an image that is a file)")
+    parser.add_argument("--journal", type=Path, metavar="FILE",
+                        help=f"where the journal is (default: IMAGE{JOURNAL_SUFFIX}, beside the state)")
+    parser.add_argument("--journal-limit", type=journal_limit, metavar="SIZE",
+                        help="how long it may become, such as 20G; a sync that needs more fails, and the copy "
+                             "stays as it was (default: what is free there, less a twentieth)")
     parser.add_argument("--once", action="store_true",
                         help="exit after one sync: 0 if its copy was confirmed, 1 if not; a promoted disk "
                              "with --nbd is served until SIGTERM")
@@ -107,6 +127,9 @@ def keygen(arguments: Sequence[str]) -> int:
     for path in create_keys(options.directory, options.name):
         print(path)
     return 0
+
+
+COMMANDS: Final = {"keygen": keygen, "status": replica_command.status, "promote": replica_command.promote}
 
 
 class Replica:
@@ -134,11 +157,15 @@ class Replica:
         self._vbd.pause(lambda: None)
         image = leaf_of(self._vbd.chain.head).path
         try:
-            store = self._open_store(image)
+            copy = open_copy(self._env, self._vbd, options.state, options.journal, options.journal_limit)
+            if copy.state.promoted:
+                raise UsageError("this image was promoted: it is the primary, not a replica", path=image,
+                                 hint=f"serve it with tapdisk; or remove {copy.record} if it may be overwritten")
+            recover(self._loop, copy)
             export = self._nbd.listen(options.nbd) if options.nbd else ""
             self._server = ReplicaServer(self._env, self._vbd, export, keys=door.keys,
                                          authorize=door.authorize, peer_timeout_s=options.peer_timeout,
-                                         on_end=self._on_end, store=store)
+                                         on_end=self._on_end, copy=copy)
             endpoint = self._server.listen(options.listen)
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, self._on_signal)
@@ -152,17 +179,6 @@ class Replica:
                 self._vbd.close(lambda: None)
             self._workers.close()
         return self.status
-
-    def _open_store(self, image: str | None) -> StateStore:
-        """What is known of the image; UsageError if it is no replica any more."""
-        path: Path | None = self._options.state
-        if image and path is None and stat.S_ISREG(Path(image).stat().st_mode):
-            path = Path(os.path.realpath(image) + SUFFIX)
-        store = StateStore(path, Path(image) if image else None, self._vbd.info.size_bytes)
-        if store.state.promoted:
-            raise UsageError("this image was promoted: it is the primary, not a replica", path=image,
-                             hint=f"serve it with tapdisk; or remove {path} if it may be overwritten")
-        return store
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         """End in good order; a second signal ends it at once."""
@@ -216,8 +232,8 @@ def run_command(command: Callable[[], int], name: str) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments and arguments[0] == "keygen":
-        return run_command(lambda: keygen(arguments[1:]), "writelog-replica")
+    if arguments and arguments[0] in COMMANDS:
+        return run_command(lambda: COMMANDS[arguments[0]](arguments[1:]), "writelog-replica")
     options = parse_arguments(arguments)
     logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING,
                         format="writelog-replica: %(message)s")

@@ -54,6 +54,11 @@ class Applier:
         self._starting = False
         self.queued_bytes = 0
 
+    def turn_to(self, head: Driver) -> None:
+        """Apply to another head from now on. Only while nothing is queued."""
+        assert not self._queue
+        self._head = head
+
     def write(self, offset: int, data: memoryview, done: Done) -> None:
         """Queue a write of `data`, which must not change before `done(errno)`."""
         self._append(Job(Request(WRITE, offset, len(data), (data,), done=self._request_done), done))

@@ -13,7 +13,6 @@ from __future__ import annotations
 import errno
 import logging
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Final
 
 import zmq
@@ -23,11 +22,11 @@ from tapcore.errors import ProtocolError, ReplicationError, UsageError, Writelog
 from tapcore.loop import Timer
 from tapcore.vbd import Vbd
 from writelog.keyring import Keys
-from writelog.replica_apply import Applier
+from writelog.replica_copy import Copy
 from writelog.replica_session import OPEN, WAITING, Session
-from writelog.replica_state import State, StateStore
+from writelog.replica_state import StateStore
 from writelog.sync_transport import Gate, monitor_events, prepare, serve_curve
-from writelog.wire import VERSION, Failure, Hello, Message, Refusal, Refused, decode, encode
+from writelog.wire import VERSION, Epoch, Failure, Hello, Kept, Message, Refusal, Refused, decode, encode
 
 logger = logging.getLogger(__name__)
 
@@ -42,13 +41,14 @@ class ReplicaServer:
     """Serves syncs for `vbd`, which is open and paused; `export` is what PROMOTED tells.
 
     `on_end(succeeded)` is called when a session ended for good: released, promoted or failed, or gone for
-    `peer_timeout_s` after its link dropped. `store` keeps what must outlive the process. With `keys`, a sync is
+    `peer_timeout_s` after its link dropped. `copy` must have recovered; without, nothing outlives
+    the process. With `keys`, a sync is
     let in by `authorize(its public key)`, which is called in a thread.
     """
 
     def __init__(self, env: Env, vbd: Vbd, export: str = "", *, keys: Keys | None = None,
                  authorize: Callable[[bytes], bool] = lambda key: False, peer_timeout_s: float = 10.0,
-                 on_end: Callable[[bool], None] | None = None, store: StateStore | None = None) -> None:
+                 on_end: Callable[[bool], None] | None = None, copy: Copy | None = None) -> None:
         self.promoted = False
         self.endpoint = ""
         self._env = env
@@ -56,9 +56,11 @@ class ReplicaServer:
         self._export = export
         self._on_end = on_end
         self._peer_timeout_s = peer_timeout_s
-        self._applier = Applier(vbd.chain.head, env.workers)
-        self._store = store or StateStore()
+        self._copy = copy or Copy(env, vbd.chain.head, StateStore())
+        self._copy.on_ready = self._wake
+        self._applier = self._copy.applier
         self._disk = ""
+        self._in_place = False
         self._session: Session | None = None
         self._identity = b""
         self._fd = -1
@@ -96,14 +98,13 @@ class ReplicaServer:
         """Stop listening, then `done()` when the chain has nothing of this server in flight."""
         if self._session is not None:
             self._session.end()
-        self._applier.drop_queued()
         loop = self._env.loop
         for socket in (self._socket, self._monitor):
             loop.remove(socket.fileno())
         self._socket.disable_monitor()
         self._monitor.close()
         self._socket.close(LAST_ANSWER_MS)
-        self._applier.when_idle(lambda: self._close_context(done))
+        self._copy.close(lambda: self._close_context(done))
 
     def _close_context(self, done: Callable[[], None]) -> None:
         if self._gate is not None:
@@ -123,9 +124,9 @@ class ReplicaServer:
         self._wake_due = False
         if self._socket.closed:
             return
-        self._hold_back(self._applier.is_full)
+        self._hold_back(self._has_enough)
         for _ in range(BATCH_MESSAGES):
-            if self._applier.is_full:
+            if self._has_enough:
                 self._hold_back(True)
                 break
             try:
@@ -136,6 +137,11 @@ class ReplicaServer:
         else:
             self._wake()
         self._applier.start()
+
+    @property
+    def _has_enough(self) -> bool:
+        """A journal that is applied stops a session, but not the greeting of a new one."""
+        return self._applier.is_full or (self._copy.is_busy and self._session is not None)
 
     def _hold_back(self, hold: bool) -> None:
         """Leave the socket alone until there is room. As soon as there is, the answers of the session wake it; if
@@ -202,7 +208,7 @@ class ReplicaServer:
         self._applier.drop_queued()
         known = hello.session == self._session_id
         held = self._held(hello)
-        self._session_id, self._disk = hello.session, hello.disk
+        self._session_id, self._disk, self._in_place = hello.session, hello.disk, hello.in_place
         session = Session(self._env.loop, self._applier, self._vbd.info.size_bytes,
                           lambda message: self._send(identity, message), self)
         if not (known and held):
@@ -212,11 +218,25 @@ class ReplicaServer:
         self._is_resumed = held != 0
         self._session, self._identity, self._fd = session, identity, fd
         logger.info("disk %r is replicated to here%s", hello.disk, ", again" if held else "")
-        self._applier.when_idle(lambda: session.welcome(held))
+        self._copy.when_ready(lambda: self._begin(session, held))
+        session.stay_alive()
+
+    def _begin(self, session: Session, held: int) -> None:
+        if session.state != WAITING or self.promoted:
+            session.welcome(held, None)
+            return
+
+        def begun(error: WritelogError | None) -> None:
+            if error is not None:
+                session.refuse(error)
+            else:
+                session.welcome(held, self._copy.journal_bytes if self._copy.is_journaled else None)
+
+        self._copy.begin(self._in_place, held != 0, begun)
 
     def _held(self, hello: Hello) -> int:
         """The name in the HELLO that the copy here goes by; 0 if it is none."""
-        base = self._store.state.base
+        base = self._copy.state.base
         return base if base in (hello.base, hello.former) else 0
 
     def _reason_to_refuse(self, hello: Hello) -> Refused | None:
@@ -232,7 +252,7 @@ class ReplicaServer:
                            f"make the replica's image the same size: truncate -s {hello.size_bytes} IMAGE")
         if self._vbd.read_only:
             return Refused(Refusal.READ_ONLY, "the replica is read-only", "open its image for writing")
-        state = self._store.state
+        state = self._copy.state
         is_same = hello.session == self._session_id or self._held(hello)
         if self._session is not None and not is_same:
             return Refused(Refusal.BUSY, "the replica is busy with another sync", "wait for it, or stop it")
@@ -275,29 +295,48 @@ class ReplicaServer:
 
     # What a session tells
 
+    @property
+    def kept(self) -> Kept:
+        return Kept(self._copy.kept_epoch, self._copy.is_journaled)
+
     def session_based(self, base: int) -> None:
-        former = self._store.state if self._is_resumed else State()
-        if base in former.history:
+        if not self._is_resumed:
+            self._copy.based(base, self._disk)
+        elif base in self._copy.state.history:
             raise ProtocolError("a message was doubled on the way: the copy had that BASE before",
                                 errno=errno.EBADMSG)
-        self._store.store(former.renamed(base, self._disk))
+        else:
+            self._copy.renamed(base, self._disk)
         self._is_resumed = True
+
+    def session_writes(self) -> None:
+        self._copy.touched()
+
+    def session_epoch(self, message: Epoch, done: Callable[[WritelogError | None], None]) -> None:
+        self._must_name_the_confirmed("EPOCH", message.digest)
+        self._copy.epoch(message.at_ms, done)
+
+    def why_full(self) -> WritelogError | None:
+        return self._copy.why_full()
 
     def session_confirmed(self, digest: bytes | None) -> None:
         self._confirmed = digest
 
     def promote(self, digest: bytes) -> str:
-        if digest != self._confirmed:
-            raise ReplicationError("PROMOTE does not name the state that the replica confirmed",
-                                   hint="nothing was promoted")
+        self._must_name_the_confirmed("PROMOTE", digest)
         if not self.promoted:
-            self._store.store(replace(self._store.state, promoted=True))
+            self._copy.promoted()
             self.promoted = True
             self._vbd.resume()
             logger.warning("promoted: this disk is the primary now")
             if self._on_end is not None:
                 self._on_end(True)
         return self._export
+
+    def _must_name_the_confirmed(self, what: str, digest: bytes) -> None:
+        if digest != self._confirmed:
+            raise ReplicationError(f"{what} does not name the state that the replica confirmed",
+                                   hint="nothing was promoted")
 
     def session_released(self) -> None:
         logger.info("the sync is done; the copy is consistent, and this stays a replica")

@@ -29,7 +29,9 @@ from writelog.wire import (
     ContentDigest,
     Data,
     Digest,
+    Epoch,
     Failure,
+    Kept,
     Message,
     Packed,
     Probe,
@@ -61,8 +63,20 @@ class Owner(Protocol):
 
     promoted: bool
 
+    @property
+    def kept(self) -> Kept: ...
+
     def session_based(self, base: int) -> None:
         """The copy has a new name: record it, durably. ReplicationError if that cannot be done."""
+
+    def session_writes(self) -> None:
+        """An extent is about to be applied. WritelogError if it must not be."""
+
+    def session_epoch(self, message: Epoch, done: Callable[[WritelogError | None], None]) -> None:
+        """The copy is that of one instant: `done(error)` when it stays so whatever happens."""
+
+    def why_full(self) -> WritelogError | None:
+        """Why an extent did not fit, if it is the replica's own limit."""
 
     def session_confirmed(self, digest: bytes | None) -> None:
         """The digest of the last barrier; None as soon as anything follows it."""
@@ -109,12 +123,16 @@ class Session:
         self._alive_timer: Timer | None = None
         self._verification: _Verification | None = None
 
-    def welcome(self, base: int) -> None:
-        """Begin, unless the connection has gone meanwhile."""
+    def welcome(self, base: int, journal_bytes: int | None) -> None:
+        """Begin, unless the connection has gone meanwhile. `journal_bytes`: None without a journal."""
         if self.state == WAITING:
             self.state = OPEN
-            self._send(Welcome(base, CREDIT_BYTES))
-            self._stay_alive()
+            self._send(Welcome(base, CREDIT_BYTES, journal_bytes is not None, journal_bytes or 0))
+
+    def refuse(self, error: WritelogError) -> None:
+        """It cannot begin."""
+        if self.state == WAITING:
+            self._fail(error)
 
     def end(self) -> None:
         """The connection is gone, or another one takes its place. What is in flight ends by itself."""
@@ -146,6 +164,7 @@ class Session:
             self._on_data(message, unpack(message, payload))
         elif isinstance(message, Zero):
             self._accept(message)
+            self._owner.session_writes()
             self._applier.zero(message.offset, message.length, partial(self._ended_one, message))
         elif isinstance(message, Probe):
             self._on_probe(message)
@@ -159,10 +178,11 @@ class Session:
             self._advance(message.seq)
         elif isinstance(message, Verify):
             self._must_be_confirmed("VERIFY")
-            if self._verification is not None:
-                raise ProtocolError("VERIFY came while the disk is read for another one")
             self._verification = _Verification(self._loop, self._applier, self._size_bytes, self._verified)
             self._verification.turn()
+        elif isinstance(message, Epoch):
+            self._must_be_confirmed("EPOCH")
+            self._owner.session_epoch(message, self._epoch_ended)
         elif isinstance(message, Promote):
             self._must_be_confirmed("PROMOTE")
             self._send(Promoted(self._owner.promote(message.digest)))
@@ -180,6 +200,8 @@ class Session:
     def _must_be_confirmed(self, what: str) -> None:
         if not self._confirmed:
             raise ProtocolError(f"{what} came without a confirmed barrier right before it")
+        if self._verification is not None:
+            raise ProtocolError(f"{what} came while the disk is read for a VERIFY")
 
     # Extents
 
@@ -195,6 +217,7 @@ class Session:
             raise ReplicationError(f"{message.length} bytes were damaged on the way: their checksum is wrong",
                                    errno=errno.EBADMSG, offset=message.offset, hint="nothing of them was written")
         self._accept(message)
+        self._owner.session_writes()
         self._applier.write(message.offset, memoryview(payload), partial(self._ended_one, message))
 
     def _on_probe(self, probe: Probe) -> None:
@@ -246,8 +269,9 @@ class Session:
             return
         if code:
             what = "zero" if isinstance(message, Zero) else "write"
-            self._fail(ReplicationError(f"the replica cannot {what} {message.length} bytes: {os.strerror(code)}",
-                                        errno=code, offset=message.offset))
+            error = ReplicationError(f"the replica cannot {what} {message.length} bytes: {os.strerror(code)}",
+                                     errno=code, offset=message.offset)
+            self._fail(self._owner.why_full() or error)
             return
         self._unflushed_bytes += message.length
         self._advance(message.seq)
@@ -317,13 +341,22 @@ class Session:
 
     def _send_ack(self) -> None:
         self._ack_due = False
-        if self.state == OPEN:
+        if self.state != OVER:
             self._send(Ack(self._applied, self._durable, self._flush_ns, self._flush_bytes))
 
-    def _stay_alive(self) -> None:
-        if self.state == OPEN:
+    def stay_alive(self) -> None:
+        """Show now and then that somebody is here, also as long as it cannot begin."""
+        if self.state != OVER:
             self._send_ack()
-            self._alive_timer = self._loop.call_later(ALIVE_INTERVAL_S, self._stay_alive)
+            self._alive_timer = self._loop.call_later(ALIVE_INTERVAL_S, self.stay_alive)
+
+    def _epoch_ended(self, error: WritelogError | None) -> None:
+        if self.state == OVER:
+            return
+        if error is not None:
+            self._fail(error)
+        else:
+            self._send(self._owner.kept)
 
     def _verified(self, code: int, digest: bytes) -> None:
         self._verification = None

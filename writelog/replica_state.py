@@ -1,13 +1,14 @@
 """What a replica knows of its image, in a small file beside it: so a sync goes on after either end was restarted.
 
     /vm/copy.img            the image
-    /vm/copy.img.replica    {"base": "1f…", "disk": "vm1", "image": "2049:1234", …}
+    /vm/copy.img.replica    {"base": "1f…", "disk": "vm1", "image": "2049:1234", "epoch": 5, …}
 
 `base` is the primary's name for the state that this copy is being brought to: it lacks what the primary's log has
 dirty or leased under that name, and nothing else. So the name is recorded, durably, before the first extent under
 it is applied; and what is acknowledged is flushed. Each sync gives it a new one: `history` has the former ones, so
-that a log which knows only those can be told that it is out of date. `image` is the device and inode of the image:
-beside another file of the same name the record counts for nothing.
+that a log which knows only those can be told that it is out of date. `is_consistent`: the image is the disk as it
+was at one instant, the epoch; before anything else is written to it that is recorded, durably, too. `image` is the
+device and inode of the image: beside another file of the same name the record counts for nothing.
 
 The image has a fence (tapcore.fence) as long as it is a copy: a tapdisk that opens it for writing serves it
 paused. Who forces it to go on, for a drill maybe, takes the fence away, and then no sync may go on with the copy.
@@ -32,22 +33,29 @@ logger = logging.getLogger(__name__)
 SUFFIX: Final = ".replica"
 MAX_BYTES: Final = 8192
 MAX_BASE: Final = (1 << 64) - 1
+MAX_AT_MS: Final = 1 << 46
+"""Of a clock that can be printed."""
 
 
 @dataclass(frozen=True)
 class State:
-    """`base` 0: it is a copy of nothing yet."""
+    """`base` 0: it is a copy of nothing yet. `epoch` counts the instants that the image was brought to, and what
+    came between them; `at_ms` is the last instant by the primary's clock, or if it `is_consistent` no more, since
+    when by this host's."""
 
     base: int = 0
     disk: str = ""
     promoted: bool = False
     history: tuple[int, ...] = ()
     """Newest first."""
+    is_consistent: bool = False
+    epoch: int = 0
+    at_ms: int = 0
 
     def renamed(self, base: int, disk: str) -> State:
         """The copy is called `base` from now on, its disk `disk`."""
         former = (self.base, *self.history) if self.base not in (0, base) else self.history
-        return State(base, disk, history=former[:MAX_HISTORY])
+        return replace(self, base=base, disk=disk, history=former[:MAX_HISTORY])
 
 
 class StateStore:
@@ -64,30 +72,17 @@ class StateStore:
             self.state = self._load(path)
 
     def _load(self, path: Path) -> State:
-        try:
-            with path.open("rb") as file:
-                text = file.read(MAX_BYTES)
-        except FileNotFoundError:
+        found = read_record(path)
+        if found is None:
             return State()
-        except OSError as error:
-            raise image_error(error, str(path), "read what is known of the replica") from error
-        try:
-            found = json.loads(text)
-            history = tuple(int(name, 16) for name in found.get("history", ()))
-            state = State(int(found["base"], 16), found["disk"], found["promoted"], history[:MAX_HISTORY])
-            same = (found["image"], found["size_bytes"]) == (self._identity, self._size_bytes)
-            if not (0 <= state.base <= MAX_BASE and isinstance(state.disk, str) and type(state.promoted) is bool):
-                raise ValueError
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise ImageError("this is no record of a replica", path=str(path),
-                             hint="remove it if the image may be overwritten") from None
-        if not same:
+        state, image, size_bytes = found
+        if (image, size_bytes) != (self._identity, self._size_bytes):
             logger.warning("%s was written for another image of this name, and is ignored", path)
             return State()
         if state.base and not state.promoted and self._image is not None and fence.read(str(self._image)) is None:
             logger.warning("%s was opened by force since it was made: it is a copy of %r no more", self._image,
                            state.disk)
-            return replace(state, base=new_id())
+            return replace(state, base=new_id(), is_consistent=False, epoch=state.epoch + 1)
         return state
 
     def store(self, state: State) -> None:
@@ -107,6 +102,35 @@ class StateStore:
         if self._image is not None and state.promoted:
             fence.clear(str(self._image))
         self.state = state
+
+
+def read_record(path: Path) -> tuple[State, str, int] | None:
+    """(state, the image's identity, the disk's size) as `path` has it; None if there is no such file. ImageError
+    if it cannot be read or makes no sense."""
+    try:
+        with path.open("rb") as file:
+            text = file.read(MAX_BYTES)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise image_error(error, str(path), "read what is known of the replica") from error
+    try:
+        found = json.loads(text)
+        history = tuple(int(name, 16) for name in found["history"])
+        state = State(int(found["base"], 16), found["disk"], found["promoted"], history[:MAX_HISTORY],
+                      found["is_consistent"], found["epoch"], found["at_ms"])
+        if not _makes_sense(state):
+            raise ValueError
+        return state, str(found["image"]), int(found["size_bytes"])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ImageError("this is no record of a replica", path=str(path),
+                         hint="remove it if the image may be overwritten") from None
+
+
+def _makes_sense(state: State) -> bool:
+    return (0 <= state.base <= MAX_BASE and isinstance(state.disk, str) and type(state.promoted) is bool
+            and type(state.is_consistent) is bool and type(state.epoch) is int and state.epoch >= 0
+            and type(state.at_ms) is int and 0 <= state.at_ms <= MAX_AT_MS)
 
 
 def _identity(image: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import signal
 import sys
 from collections.abc import Sequence
@@ -33,7 +34,7 @@ from writelog.sync_stop import Interrupted
 from writelog.sync_together import Together
 
 MIN_RATE: Final = 64 << 10
-HOW: Final = ("verify", "keep_running", "overwrite", "compress", "compare")
+HOW: Final = ("verify", "keep_running", "overwrite", "in_place", "epoch_s", "compress", "compare")
 """The options that each disk's Sync has, too."""
 
 DESCRIPTION = """\
@@ -53,6 +54,7 @@ examples:
   writelog-sync --overwrite --compare vm1 tcp://192.0.2.7:5599       over an old copy: what is equal stays
   writelog-sync --disk vm1=tcp://192.0.2.7:5599 --disk vm1-data=tcp://192.0.2.7:5600
                                                                      two disks with one switch-over
+  writelog-sync start --hold --epoch 60 vm1 tcp://192.0.2.7:5599     and the replica has a disk of each minute
   writelog-sync plan --rate 110M vm1                                 watch the guest, and forecast
   writelog-sync verify vm1 tcp://192.0.2.7:5599                      is the copy good? --repair mends it
   writelog-sync simulate                                             what to expect, in made-up time
@@ -129,15 +131,21 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
                         help="stay in sync, and switch over when `writelog-sync switch DISK` says so")
     parser.add_argument("--at", type=moment, metavar="TIME",
                         help="stay in sync until then: HH:MM, the next time, or 2026-01-31T23:05")
+    parser.add_argument("--epoch", type=some_seconds, dest="epoch_s", metavar="S", default=math.inf,
+                        help="with --hold or --at: while in sync, pause the guest every S seconds for as long as "
+                             "a switch-over would, so that the replica has the disk of that moment")
     parser.add_argument("--before-switch", metavar="FILE",
                         help="an executable to run before the pause, with each DISK and its replica; if it fails, "
                              "so does the sync")
     parser.add_argument("--after-switch", metavar="FILE", help="and one to run after the replicas have taken over")
     parser.add_argument("--overwrite", action="store_true",
-                        help="send a full copy, whatever else the replica holds")
+                        help="send a full copy, whatever else the replica holds; it is not kept meanwhile")
     parser.add_argument("--compare", action="store_true",
                         help="send no more than digests of what the replica has already, be it an old copy or a "
                              "template; where next to nothing is equal, extents are sent as they are")
+    parser.add_argument("--in-place", action="store_true",
+                        help="write over the consistent copy that the replica holds, which else is kept until "
+                             "this one is complete: quicker, but if the sync breaks off there is neither")
     parser.add_argument("--verify", action="store_true",
                         help="compare the whole disks during the pause, which makes it much longer: both are read")
     parser.add_argument("--receipt", type=Path, metavar="FILE",
@@ -154,6 +162,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         parser.error("--max-rate goes with a lower --rate")
     if options.receipt is not None and (not options.verify or options.pairs):
         parser.error("--receipt goes with --verify, and with one disk")
+    if options.epoch_s != math.inf and (options.pairs or not (options.hold or options.at)):
+        parser.error("--epoch goes with --hold or --at, and one disk")
     check_key_options(parser, options, "--server-key")
     return options
 

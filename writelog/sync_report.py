@@ -86,6 +86,8 @@ class Report:
     connections: int = 0
     resumed: bool = False
     """The replica had a former state of this disk: only what had changed was sent."""
+    epoch: int = 0
+    """The last instant of the disk that the replica was asked to keep a copy of, by its count; 0: none."""
     pause_s: float = 0.0
     pause_parts_s: dict[str, float] = field(default_factory=dict)
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import os
 import time
 from dataclasses import asdict
@@ -29,7 +30,7 @@ from writelog.sync_gate import Gate, Step
 from writelog.sync_hooks import Hooks
 from writelog.sync_link import LinkLost, Peer
 from writelog.sync_pack import AUTO
-from writelog.sync_report import CONNECTING, CONVERGING, STALLED, Report, Reporter
+from writelog.sync_report import CONNECTING, CONVERGING, STALLED, SYNCING, Report, Reporter
 from writelog.sync_source import Source
 from writelog.sync_stop import BrokenOff, Interrupted, PauseTooLong
 from writelog.sync_switch import SwitchOver
@@ -52,8 +53,9 @@ class Sync:
 
     def __init__(self, source: Source, peer: Peer, limits: Limits, reporter: Reporter, *,
                  verify: bool = False, keep_running: bool = False, overwrite: bool = False,
-                 compress: str = AUTO, compare: bool = False, wishes: Wishes | None = None,
-                 hooks: Hooks | None = None, gate: Gate | None = None, shared: Shared | None = None) -> None:
+                 in_place: bool = False, epoch_s: float = math.inf, compress: str = AUTO, compare: bool = False,
+                 wishes: Wishes | None = None, hooks: Hooks | None = None, gate: Gate | None = None,
+                 shared: Shared | None = None) -> None:
         self.interrupted = False
         self._gate = gate or Gate()
         self._source = source
@@ -62,6 +64,7 @@ class Sync:
         self._reporter = reporter
         self._report = Report(source.name, peer.endpoint, source.size_bytes)
         self._overwrite = overwrite
+        self._in_place = in_place or overwrite
         self._session = os.urandom(16)
         self._is_begun = False
         """Whether the copier knows what the replica lacks."""
@@ -73,7 +76,8 @@ class Sync:
         self._use(Copier(source, limits, compress, self._shared, compare))
         self._talk = Talk(peer, self._copier, self._gate, self._guard)
         self._switch_over = SwitchOver(self._talk, self._gate, self._wishes, hooks or Hooks(), reporter,
-                                       self._report, verify=verify, keep_running=keep_running)
+                                       self._report, verify=verify, keep_running=keep_running,
+                                       epoch_s=epoch_s)
         self._start_s = time.monotonic()
         self._control = (Follower(self._wishes, self._heed) if shared is not None else
                          ControlSocket((source.control_path,), self._wishes, self.status, self._heed))
@@ -103,7 +107,7 @@ class Sync:
         return asdict(self._copier.progress()) | {
             "disk": self._source.name, "replica": self._peer.endpoint, "state": self._reporter.current,
             "is_held": wishes.is_held, "is_paused": wishes.is_paused, "downtime": wishes.limits.downtime_s,
-            "resumed": self._report.resumed, "connections": self._report.connections}
+            "resumed": self._report.resumed, "epoch": self._report.epoch, "connections": self._report.connections}
 
     def _heed(self) -> None:
         """The operator wants something else."""
@@ -163,8 +167,9 @@ class Sync:
         self._reporter.state(STALLED if self._report.connections else CONNECTING)
         link = self._talk.connect()
         source = self._source
-        link.greet(Hello(VERSION, self._session, source.size_bytes, source.name, *source.bases(), self._overwrite))
-        welcome = self._talk.answer(Welcome)
+        link.greet(Hello(VERSION, self._session, source.size_bytes, source.name, *source.bases(), self._overwrite,
+                         self._in_place))
+        welcome = self._talk.wait_for(Welcome)
         self._is_welcome = True
         self._connected_s = time.monotonic()
         self._planner.greeted(self._connected_s - link.opened_s)
@@ -179,6 +184,9 @@ class Sync:
                 self._copier.begin(False)
         self._name_copy()
         self._pipeline.reset(link, welcome.credit_bytes)
+        self._switch_over.greeted(welcome)
+        if welcome.is_journaled and self._report.connections == 1:
+            self._reporter.state(SYNCING, "the replica keeps its last consistent copy until this one is complete")
 
     def _name_copy(self) -> None:
         """Tell the replica the copy's new name; what was given back to the log it gets under that."""
@@ -344,9 +352,12 @@ class Sync:
             copier.look()
             self._reporter.progress(copier.progress())
             decision = planner.decide()
-            if decision.action == Action.SWITCH and may_switch and not self._wishes.is_paused:
-                gate.reach(Step.READY)
-                planner.group.hold()
+            if decision.action == Action.SWITCH and not self._wishes.is_paused:
+                if self._switch_over.epoch_is_due(may_switch):
+                    self._switch_over.epoch()
+                elif may_switch:
+                    gate.reach(Step.READY)
+                    planner.group.hold()
             elif planner.prospect.pause_s > self._wishes.limits.downtime_s:
                 gate.step_back()
             if decision.action == Action.ESCALATE:

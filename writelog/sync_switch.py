@@ -6,11 +6,18 @@ after it, until the replica may be told: disks that switch together all hand ove
 
     pause ─▶ send, barrier, until nothing is dirty ─▶ hand over ─▶ promote
     quiesce  send, flush                              the fence    once the gate lets it
+
+An *epoch* is such a pause after which the guest goes on: the replica has the disk of that instant then, and keeps
+it, whatever comes, until the next. If it has a journal to do that, the last one must be applied before the disk is
+handed over; what is in there by then is kept small by an epoch before that.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
+import time
+from typing import Final
 
 from tapcore.errors import ReplicationError, WritelogError
 from writelog.sync_control import Wishes
@@ -21,15 +28,32 @@ from writelog.sync_link import LinkLost
 from writelog.sync_report import SWITCHING, Report, Reporter
 from writelog.sync_stop import BrokenOff, Stopwatch
 from writelog.sync_talk import SETTLE_S, Talk
-from writelog.wire import Ack, Barrier, Base, Content, Digest, Promote, Promoted, Release, Released, Verify
+from writelog.wire import (
+    Ack,
+    Barrier,
+    Base,
+    Content,
+    Digest,
+    Epoch,
+    Kept,
+    Promote,
+    Promoted,
+    Release,
+    Released,
+    Verify,
+    Welcome,
+)
+
+MAX_JOURNAL_BYTES: Final = 64 << 20
+"""What the replica may have to apply in the pause of a hand-over."""
 
 
 class SwitchOver:
     """Of one sync, tried as often as it takes. `watch` times the pause, while there is one that must not take too
-    long; what was done is noted in `report`."""
+    long; what was done is noted in `report`. While the sync is held, there is an epoch every `epoch_s`."""
 
     def __init__(self, talk: Talk, gate: Gate, wishes: Wishes, hooks: Hooks, reporter: Reporter, report: Report, *,
-                 verify: bool, keep_running: bool) -> None:
+                 verify: bool, keep_running: bool, epoch_s: float = math.inf) -> None:
         self.watch: Stopwatch | None = None
         self._talk = talk
         self._gate = gate
@@ -39,19 +63,63 @@ class SwitchOver:
         self._report = report
         self._verify = verify
         self._keep_running = keep_running
+        self._epoch_s = epoch_s
+        self._last_epoch_s = time.monotonic()
+        self._is_journaled = False
+        self._journal_mark = 0
+        """How much had been sent when the replica's journal was empty."""
         self._confirmed = b""
         """The digest of the last barrier."""
+
+    def greeted(self, welcome: Welcome) -> None:
+        """A new connection."""
+        self._is_journaled = welcome.is_journaled
+        self._journal_mark = self._talk.copier.pipeline.sent_bytes - welcome.journal_bytes
+
+    def epoch_is_due(self, before_switch: bool) -> bool:
+        """Whether the replica should be given a new copy to keep: it is time, or, before a switch-over, it would
+        have too much to apply in the pause."""
+        if before_switch:
+            journal_bytes = self._talk.copier.pipeline.sent_bytes - self._journal_mark
+            return self._is_journaled and not self._keep_running and journal_bytes > MAX_JOURNAL_BYTES
+        return time.monotonic() - self._last_epoch_s >= self._epoch_s
+
+    def epoch(self) -> None:
+        """A short pause, and the replica has the disk of that instant. Whatever is raised, it is to be broken
+        off."""
+        self._last_epoch_s = time.monotonic()
+        watch = self._pause()
+        self._keep(watch)
+        self.break_off()
+        self.barrier()
+
+    def _pause(self) -> Stopwatch:
+        """Hold the guest, and send the rest."""
+        watch = self.watch = Stopwatch()
+        self._talk.copier.source.pause(self._wishes.limits.max_pause_s)
+        watch.lap("quiesce")
+        self._drain(watch)
+        return watch
+
+    def _keep(self, watch: Stopwatch) -> None:
+        """What is confirmed is the replica's copy from now on."""
+        self._talk.send(Epoch(self._confirmed, int(time.time() * 1000)))
+        kept = self._talk.wait_for(Kept)
+        self._report.epoch, self._is_journaled = kept.epoch, kept.is_journaled
+        self._journal_mark = self._talk.copier.pipeline.sent_bytes
+        watch.lap("epoch")
 
     def run(self) -> None:
         """From the pause to the end. Whatever is raised, it is to be broken off."""
         source, report = self._talk.copier.source, self._report
         self._hooks.before({source.name: self._talk.peer.endpoint})
         self._reporter.state(SWITCHING)
-        watch = self.watch = Stopwatch()
+        watch = self._pause()
         report.pause_parts_s = watch.parts_s
-        source.pause(self._wishes.limits.max_pause_s)
-        watch.lap("quiesce")
-        self._drain(watch)
+        if self._is_journaled and not self._keep_running:
+            self._keep(watch)
+            self.barrier()  # answered when the journal is applied
+            watch.lap("apply")
         self.watch = None
         if self._verify:
             self._compare_disks()
@@ -59,6 +127,7 @@ class SwitchOver:
         self._gate.reach(Step.CONFIRMED)
         self._talk.pump_until(lambda: self._gate.may(Step.HANDED_OVER))
         if self._keep_running:
+            self._keep(watch)
             source.resume()
             watch.lap("resume")
             with contextlib.suppress(LinkLost, WritelogError):  # the copy is confirmed, whatever comes now

@@ -18,7 +18,19 @@ from tapcore.errors import ReplicationError
 from writelog.sync_copy import Copier
 from writelog.sync_gate import Gate
 from writelog.sync_link import Link, LinkLost, Peer
-from writelog.wire import Ack, Content, Digest, Failure, Message, Probed, Promoted, Refused, Released, Welcome
+from writelog.wire import (
+    Ack,
+    Content,
+    Digest,
+    Failure,
+    Kept,
+    Message,
+    Probed,
+    Promoted,
+    Refused,
+    Released,
+    Welcome,
+)
 
 POLL_S: Final = 0.05
 ROOM_POLL_S: Final = 0.002
@@ -28,7 +40,7 @@ ANSWER_S: Final = 30.0
 SETTLE_S: Final = 30.0
 """Longest wait for reads and buffers of a connection that is not used any more."""
 
-M = TypeVar("M", Welcome, Digest, Content, Promoted, Released)
+M = TypeVar("M", Welcome, Digest, Content, Kept, Promoted, Released)
 
 
 class Talk:

@@ -3,7 +3,7 @@
     sync                                     replica
       HELLO version, session, size, ──────▶  right version, size, writable, no other sync, no copy of
             base, former                     something else: else REFUSED
-                                    ◀──────  WELCOME: which of the two it holds, credit
+                                    ◀──────  WELCOME: which of the two it holds, credit, journal
       BASE                          ──────▶  the copy's name from now on, recorded before what follows is applied
       DATA, ZERO, PACKED … (seq 1, 2 …) ──▶  checked, applied in order where they overlap
       PROBE seq, digests            ──────▶  compared with what is there, in that order too
@@ -13,6 +13,8 @@
                                     ◀──────  DIGEST of all that this connection brought, in order
       VERIFY (optional)             ──────▶  reads its whole disk back
                                     ◀──────  CONTENT digest
+      EPOCH digest                  ──────▶  that is the disk at one instant: its copy from now on
+                                    ◀──────  KEPT epoch
       PROMOTE digest, or RELEASE    ──────▶  opens its export, or stays a replica
                                     ◀──────  PROMOTED or RELEASED
 
@@ -80,6 +82,8 @@ class Kind(IntEnum):
     PACKED = 17
     PROBE = 18
     PROBED = 19
+    EPOCH = 20
+    KEPT = 21
 
 
 class Refusal(IntEnum):
@@ -97,7 +101,8 @@ class Refusal(IntEnum):
 class Hello:
     """`session` is 16 random bytes that stay the same when a sync connects again. `base` names the copy that the
     primary's log counts for: it lacks what is dirty there, no more; 0: there is none. It may still go by `former`,
-    if that is not 0. `overwrite`: whatever other copy the replica holds may be replaced."""
+    if that is not 0. `overwrite`: whatever other copy the replica holds may be replaced. `in_place`: a consistent
+    copy that it holds need not stay one until this one is complete."""
 
     version: int
     session: bytes
@@ -106,15 +111,19 @@ class Hello:
     base: int
     former: int
     overwrite: bool
+    in_place: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Welcome:
     """`base`: the name in the HELLO that the copy goes by; 0: it is none of them, and is made anew.
-    `credit_bytes`: how much may be sent beyond what it has applied."""
+    `credit_bytes`: how much may be sent beyond what it has applied. `is_journaled`: it holds a consistent copy,
+    and keeps it until the next EPOCH; its journal is `journal_bytes` long."""
 
     base: int
     credit_bytes: int
+    is_journaled: bool
+    journal_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,6 +228,24 @@ class Content:
 
 
 @dataclass(frozen=True, slots=True)
+class Epoch:
+    """What the barrier with that `digest` confirmed is the disk at one instant, `at_ms` of the primary's clock."""
+
+    digest: bytes
+    at_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """Whatever happens, the replica has the disk of that instant, or of a later one, from now on. With a journal
+    it is applied after this; nothing else is heeded before that is done. `is_journaled`: it keeps that copy until
+    the next EPOCH."""
+
+    epoch: int
+    is_journaled: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Promote:
     """`digest` must be that of the barrier that the replica confirmed last."""
 
@@ -253,13 +280,14 @@ class Failure:
 
 Message: TypeAlias = (Hello | Welcome | Refused | Data | Zero | Ack | Barrier | Digest | Verify | Content | Promote
                       | Promoted | Release | Released | Failure | Base
-                      | Packed | Probe | Probed)
+                      | Packed | Probe | Probed | Epoch | Kept)
 
 CLASSES: Final[dict[int, type[Any]]] = {
     Kind.HELLO: Hello, Kind.WELCOME: Welcome, Kind.REFUSED: Refused, Kind.DATA: Data, Kind.ZERO: Zero,
     Kind.ACK: Ack, Kind.BARRIER: Barrier, Kind.DIGEST: Digest, Kind.VERIFY: Verify, Kind.CONTENT: Content,
     Kind.PROMOTE: Promote, Kind.PROMOTED: Promoted, Kind.RELEASE: Release, Kind.RELEASED: Released,
     Kind.ERROR: Failure, Kind.BASE: Base, Kind.PACKED: Packed, Kind.PROBE: Probe, Kind.PROBED: Probed,
+    Kind.EPOCH: Epoch, Kind.KEPT: Kept,
 }
 _KINDS: Final = {cls: int(kind) for kind, cls in CLASSES.items()}
 _NAMES: Final = {kind: tuple(field.name for field in fields(cls)) for kind, cls in CLASSES.items()}
@@ -322,7 +350,7 @@ def _decode_header(frame: Buffer) -> Message:
         raise ProtocolError("a header is not an array that begins with a known kind")
     kind, *values = values
     if kind == Kind.HELLO and values and type(values[0]) is int and values[0] != VERSION:
-        return Hello(values[0], bytes(CHECKSUM_BYTES), 0, "", 0, 0, False)
+        return Hello(values[0], bytes(CHECKSUM_BYTES), 0, "", 0, 0, False, False)
     names = _NAMES[kind]
     if len(values) != len(names):
         raise ProtocolError(f"{Kind(kind).name} has {len(values)} fields, not {len(names)}")
@@ -356,7 +384,7 @@ def _is_valid(name: str, value: object) -> bool:
         return type(value) is bytes and len(value) <= MAX_MASK_BYTES
     if name in _TEXT_FIELDS:
         return type(value) is str and len(value) <= MAX_TEXT_CHARS
-    if name == "overwrite":
+    if name in ("overwrite", "in_place", "is_journaled"):
         return type(value) is bool
     if name in ("base", "former"):
         return type(value) is int and 0 <= value <= MAX_BASE

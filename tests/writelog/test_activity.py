@@ -13,7 +13,7 @@ import os
 import random
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -21,13 +21,12 @@ from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, multiple, precondition, rule
 from processes import forget_logs
-from recording import Journal, RecordingFile
+from recording import Journal, ManualWorkers, RecordingFile
 
 from tapcore.driver import DiskInfo, Driver, Env, Feature, OpenFlag
 from tapcore.drivers.log import Log
 from tapcore.loop import Loop
 from tapcore.request import WRITE, Request
-from tapcore.workers import Workers
 from writelog.dirtymap import Lease
 from writelog.generations import new_id
 from writelog.sidecar import Sidecar
@@ -57,26 +56,6 @@ class FlakyFile(RecordingFile):
             return 0
         FlakyFile.failures -= 1
         return errno.EIO
-
-
-class ManualWorkers(Workers):
-    """`run` does the work that waits and tells of it."""
-
-    def __init__(self) -> None:
-        self.waiting: list[tuple[Callable[[], None], Callable[[], None]]] = []
-
-    def submit(self, work: Callable[[], None], done: Callable[[], None]) -> None:
-        self.waiting.append((work, done))
-
-    def run(self, limit: int = 1000) -> None:
-        while self.waiting and limit:
-            work, done = self.waiting.pop(0)
-            work()
-            done()
-            limit -= 1
-
-    def close(self) -> None:
-        self.waiting.clear()
 
 
 class Leaf(Driver):

@@ -116,7 +116,7 @@ def test_a_second_signal_ends_a_replica_whose_disk_hangs(tmp_path: Path) -> None
             endpoint = read_line(process).split()[-1]
             peer = context.socket(zmq.DEALER)
             peer.connect(endpoint)
-            peer.send(encode(Hello(VERSION, bytes(16), 4096, "vm1", 0, 0, False)))
+            peer.send(encode(Hello(VERSION, bytes(16), 4096, "vm1", 0, 0, False, False)))
             peer.send(encode(Base(7)))
             peer.send_multipart([encode(Data(1, 0, 4096, checksum(bytes(4096)))), bytes(4096)])
             assert peer.poll(int(WAIT_S * 1000))
