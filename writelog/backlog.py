@@ -19,17 +19,21 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 from typing import Final
 
 from bitarray import bitarray
 from bitarray.util import zeros
 
 from writelog.dirtymap import CHUNK_BYTES
-from writelog.heat import PLANES, SAMPLE_S, Heat, Spread
+from writelog.heat import PLANES, Heat, Spread, sample_s
 from writelog.streams import Foreseen, Span, Streams, runs_of
 
 MORE: Final = bytes(min(count + 1, 255) for count in range(256))
 LESS: Final = bytes(max(count - 1, 0) for count in range(256))
+
+MAX_KEYS: Final = 32
+"""Of the queues of one line."""
 
 Runs = list[tuple[int, int]]
 """Chunks [first, stop), ascending and apart."""
@@ -52,6 +56,8 @@ class Backlog:
         self.size_bytes = size_bytes
         self.chunks = -(-size_bytes // CHUNK_BYTES)
         self.heat = Heat(self.chunks)
+        self.sample_s = sample_s(self.chunks)
+        """How often to `touch` it, about."""
         self._is_by_heat = is_by_heat
         self._pending = zeros(self.chunks, "little")
         self._unsent = zeros(self.chunks, "little")
@@ -68,6 +74,7 @@ class Backlog:
         self._cursors: dict[int, int] = {}
         self._fresh = zeros(self.chunks, "little")
         """Touched since the heat was fed last."""
+        self._began_s = 0.0
         self._fed_s: float | None = None
         self.spread = Spread([])
 
@@ -87,18 +94,24 @@ class Backlog:
         """The log's news, a bit a chunk. It also sorts."""
         self._pending |= touched
         self._fresh |= touched
-        if self._fed_s is None or now_s - self._fed_s >= SAMPLE_S:
+        if self._fed_s is None or now_s - self._fed_s >= self.sample_s:
             self._feed(now_s, send_rate)
         self.sort()
 
     def _feed(self, now_s: float, send_rate: float | None) -> None:
-        interval_s = SAMPLE_S if self._fed_s is None else now_s - self._fed_s
+        if self._fed_s is None:
+            self._began_s, interval_s = now_s, self.sample_s
+        else:
+            interval_s = now_s - self._fed_s
+        rest_s = self.pending_bytes / send_rate if send_rate else math.inf
+        if send_rate:
+            self.sample_s = sample_s(self.chunks, now_s - self._began_s + rest_s)
         self._fed_s = now_s
         self.heat.feed(now_s, self._fresh)
         self.spread = self.heat.spread()
         self.streams.feed(now_s, interval_s, self._fresh)
         self._fresh.setall(0)
-        self._foreseen = self.streams.foreseen(now_s, self.pending_bytes / send_rate if send_rate else math.inf)
+        self._foreseen = self.streams.foreseen(now_s, rest_s)
         self._ahead.setall(0)
         for item in self._foreseen:
             if item.is_ahead:
@@ -110,7 +123,7 @@ class Backlog:
         """Line up what is pending and not out."""
         ready = self._pending & ~self._out
         if self._is_by_heat:
-            queues = self._lined_up(ready & self._unsent, 0) + self._lined_up(ready & ~self._unsent, PLANES + 1)
+            queues = self._lined_up(ready & self._unsent, 0) + self._lined_up(ready & ~self._unsent, MAX_KEYS)
             self._queues = [queue for queue in queues if queue.bits.any()]
         else:
             self._queues = [_Queue(ready, 0)]
@@ -118,11 +131,11 @@ class Backlog:
     def _lined_up(self, ready: bitarray, first_key: int) -> list[_Queue]:
         behind, ahead = ready & self._behind, ready & self._ahead
         by_heat = ready & ~(behind | ahead)
-        coldest, *others = self.heat.classes()
-        queues = [_Queue(by_heat & coldest, first_key)]
+        queues = [_Queue(by_heat & mask, first_key + number)
+                  for number, mask in enumerate(self.heat.cold(), PLANES + 1)]
         wait_s = math.inf
         done = 0
-        for number, mask in enumerate(others, 1):
+        for number, mask in islice(enumerate(self.heat.classes()), 1, None):
             wait_s = min(wait_s, self.heat.wait_s(number))
             while done < len(self._foreseen) and self._foreseen[done].wait_s >= wait_s:
                 self._append(queues, self._foreseen[done], behind, ahead)

@@ -12,7 +12,7 @@ from array import array
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from random import Random
 from typing import Final, Protocol
 
@@ -20,7 +20,6 @@ from tapcore.bucket import Bucket
 from writelog.backlog import Backlog, Runs, chunk_runs
 from writelog.bitmap import SECTOR_BYTES, Bitmap, bitmap_bytes
 from writelog.dirtymap import DirtyMap, Lease, Wanted
-from writelog.heat import SAMPLE_S
 from writelog.plan import Action, Limits
 from writelog.planner import Planner, Seen
 
@@ -60,7 +59,7 @@ class Scattered:
         self._together = together
         self._rate = rate / BLOCK_BYTES
         self._random = Random(seed)
-        self._moving_s = moving_s
+        self.moving_s = moving_s
         self._weights = list(accumulate(1 / rank**exponent for rank in range(1, blocks + 1))) if exponent else None
         self._ranks = range(blocks)
         self._factor = _coprime(self._blocks, self._random)
@@ -71,10 +70,23 @@ class Scattered:
             ranks = self._random.choices(self._ranks, k=count)
         else:
             ranks = self._random.choices(self._ranks, cum_weights=self._weights, k=count)
-        shift = int(start_s // self._moving_s) * (self._blocks // 3 + 1) if self._moving_s < math.inf else 0
+        shift = self._shift(start_s)
         for rank in ranks:
-            group, place = divmod(rank, self._together)
-            yield (group * self._factor + shift) % self._blocks * self._together + place, 1
+            yield self._block(rank, shift), 1
+
+    def rates(self, now_s: float) -> Iterator[tuple[int, float]]:
+        """Block numbers, and how many writes a second each gets."""
+        shift = self._shift(now_s)
+        weights = self._weights or [float(rank) for rank in range(1, len(self._ranks) + 1)]
+        for rank, (before, weight) in enumerate(pairwise([0.0, *weights])):
+            yield self._block(rank, shift), (weight - before) / weights[-1] * self._rate
+
+    def _shift(self, now_s: float) -> int:
+        return int(now_s // self.moving_s) * (self._blocks // 3 + 1) if self.moving_s < math.inf else 0
+
+    def _block(self, rank: int, shift: int) -> int:
+        group, place = divmod(rank, self._together)
+        return (group * self._factor + shift) % self._blocks * self._together + place
 
 
 class Rewrite:
@@ -162,9 +174,9 @@ class _Piece:
 
 
 class Simulation:
-    """One run. `by_heat` False sends in address order."""
+    """One run. `by_heat` False sends in address order; `backlog` in any other."""
 
-    def __init__(self, scene: Scene, limits: Limits, by_heat: bool = True) -> None:
+    def __init__(self, scene: Scene, limits: Limits, by_heat: bool = True, backlog: Backlog | None = None) -> None:
         self.outcome = Outcome()
         self.now_s = 0.0
         self._scene = scene
@@ -177,7 +189,7 @@ class Simulation:
         self.map.dirty.fill()
         self._disk = array("I", bytes(4 * blocks))
         self._replica = array("I", b"\xff" * (4 * blocks))
-        self.backlog = Backlog(scene.size_bytes, by_heat)
+        self.backlog = backlog or Backlog(scene.size_bytes, by_heat)
         self.backlog.add_all()
         self.backlog.sort()
         self.planner = Planner(limits, self.backlog, 0.0)
@@ -332,7 +344,7 @@ class Simulation:
 
     def _decide(self) -> bool:
         """Look; True at the end."""
-        if self.now_s - self._asked_s >= SAMPLE_S:
+        if self.now_s - self._asked_s >= self.backlog.sample_s:
             self._ask()
         self._looked_s = self.now_s
         self.planner.look(Seen(

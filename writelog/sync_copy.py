@@ -15,7 +15,6 @@ from bitarray import bitarray
 from bitarray.util import ones, zeros
 
 from writelog.backlog import Backlog
-from writelog.heat import SAMPLE_S
 from writelog.plan import Limits, Outlook
 from writelog.planner import Planner, Seen
 from writelog.planner_group import GroupPlanner
@@ -142,7 +141,7 @@ class Copier:
 
     def look(self) -> Outlook:
         """Where the sync is now."""
-        if time.monotonic() - self._asked_s >= SAMPLE_S:
+        if time.monotonic() - self._asked_s >= self.backlog.sample_s:
             self.ask()
         dirty_bytes, leased_bytes = self.source.dirty_bytes()
         pipeline = self.pipeline

@@ -14,7 +14,7 @@ from tapcore.rundir import default_run_dir
 from tapcore.text import size_text
 from writelog.dirtymap import CHUNK_BYTES
 from writelog.forecast import Forecast, forecast
-from writelog.heat import SAMPLE_S, Heat, Spread
+from writelog.heat import Heat, Spread, sample_s
 from writelog.plan import bytes_a_touch
 from writelog.sync_source import Source
 
@@ -50,7 +50,7 @@ def watch(source: Source, watch_s: float) -> tuple[Spread, float]:
     start_s = now_s = time.monotonic()
     before_bytes = source.written_bytes()
     while now_s - start_s < watch_s:
-        time.sleep(min(SAMPLE_S, max(watch_s - (now_s - start_s), 0.0)))
+        time.sleep(min(sample_s(heat.chunks), max(watch_s - (now_s - start_s), 0.0)))
         now_s = time.monotonic()
         heat.feed(now_s, source.touched())
     return heat.spread(), (source.written_bytes() - before_bytes) / max(now_s - start_s, 1e-9)

@@ -10,9 +10,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from writelog.backlog import Backlog, Runs, chunk_runs
 from writelog.bitmap import Bitmap, bitmap_bytes
 from writelog.dirtymap import CHUNK_BYTES, DirtyMap, Lease, Wanted
-from writelog.heat import SAMPLE_S
 
 BLOCK = 4096
+SAMPLE_S = 0.5
 CHUNKS = 24
 SIZE = CHUNKS * CHUNK_BYTES - 512
 
@@ -32,8 +32,10 @@ def heated(touches: dict[int, int]) -> Backlog:
 def test_coldest_first_by_address_and_in_one_piece() -> None:
     backlog = heated({2: 1, 3: 1, 10: 6, 23: 3})
     assert backlog.next(10 * CHUNK_BYTES) == [
-        (0, 2 * CHUNK_BYTES), (4 * CHUNK_BYTES, 6 * CHUNK_BYTES), (11 * CHUNK_BYTES, 2 * CHUNK_BYTES)]
-    assert backlog.next(10 * CHUNK_BYTES) == [(13 * CHUNK_BYTES, 10 * CHUNK_BYTES)]
+        (8 * CHUNK_BYTES, 2 * CHUNK_BYTES), (11 * CHUNK_BYTES, 8 * CHUNK_BYTES)]
+    # Where two of eight are warm, the others come later.
+    assert backlog.next(10 * CHUNK_BYTES) == [
+        (0, 2 * CHUNK_BYTES), (4 * CHUNK_BYTES, 4 * CHUNK_BYTES), (19 * CHUNK_BYTES, 4 * CHUNK_BYTES)]
     assert backlog.next(2 * CHUNK_BYTES) == [(2 * CHUNK_BYTES, 2 * CHUNK_BYTES)]
     assert backlog.next(CHUNK_BYTES) == [(23 * CHUNK_BYTES, CHUNK_BYTES - 512)]
     assert backlog.next(CHUNK_BYTES) == [(10 * CHUNK_BYTES, CHUNK_BYTES)]
@@ -59,16 +61,16 @@ def test_what_a_stream_wrote_last_is_sent_first_and_what_it_will_write_next_last
     backlog.add_all()
     for number in range(3):
         bits = zeros(chunks, "little")
-        bits[50 + 20 * number : 70 + 20 * number] = 1
+        bits[48 + 24 * number : 72 + 24 * number] = 1
         backlog.touch(number * SAMPLE_S, bits, send_rate=chunks * CHUNK_BYTES / (2 * SAMPLE_S))
 
     def following(count: int) -> tuple[int, int]:
         return chunk_runs(backlog.next(count * CHUNK_BYTES))[0]
 
-    assert following(50) == (0, 50)
-    assert following(50) == (150, 200)
-    assert [following(20) for _ in range(3)] == [(90, 110), (70, 90), (50, 70)]
-    assert [following(10) for _ in range(4)] == [(140, 150), (130, 140), (120, 130), (110, 120)]
+    assert following(48) == (0, 48)
+    assert following(32) == (168, 200)
+    assert [following(24) for _ in range(3)] == [(96, 120), (72, 96), (48, 72)]
+    assert [following(12) for _ in range(4)] == [(156, 168), (144, 156), (132, 144), (120, 132)]
     assert not backlog.is_lined_up
 
 

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from writelog.dirtymap import CHUNK_BYTES
-from writelog.heat import HALF_LIFE_S, MAX_COUNT, SAMPLE_S, WEIGHT_SHIFT, Heat, Spread
+from writelog.heat import HALF_LIFE_S, MAX_COUNT, WEIGHT_SHIFT, Heat, Spread
 
+SAMPLE_S = 0.5
 CHUNKS = 40
 
 
@@ -68,6 +69,14 @@ def test_what_is_written_no_more_cools_down() -> None:
     for number in range(40, 160):
         heat.feed(number * SAMPLE_S, touched({4}))
     assert class_of(heat, 3) < hot <= class_of(heat, 4) + 1
+
+
+def test_cold_chunks_beside_warm_ones_are_not_the_coldest() -> None:
+    heat = Heat(CHUNKS)
+    heat.feed(0.0, touched({0, 9, 10, *range(24, 28)}))
+    places = {chunk: number for number, mask in enumerate(heat.cold()) for chunk in mask.search(1)}
+    assert (places[39], places[1], places[8], places[31]) == (0, 1, 2, 3)
+    assert set(places) == set(range(CHUNKS)) - {0, 9, 10, *range(24, 28)}
 
 
 def test_a_spread_without_writes_stays_clean() -> None:

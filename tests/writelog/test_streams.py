@@ -9,9 +9,9 @@ from bitarray.util import zeros
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from writelog.heat import SAMPLE_S
 from writelog.streams import HEAD_S, MAX_STRETCHES, MIN_STRETCH, Streams, long_runs, runs_of
 
+SAMPLE_S = 0.5
 CHUNKS = 1000
 
 
