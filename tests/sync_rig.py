@@ -29,6 +29,7 @@ from writelog.replica_copy import Copy
 from writelog.replica_server import ReplicaServer
 from writelog.replica_state import StateStore
 from writelog.wire import (
+    MAX_INT,
     Ack,
     Barrier,
     Base,
@@ -37,6 +38,7 @@ from writelog.wire import (
     Data,
     Digest,
     Epoch,
+    Facts,
     Failure,
     Hello,
     Kept,
@@ -118,6 +120,9 @@ class Script:
                     continue
                 sender, *frames = self._socket.recv_multipart()
                 message, payload = wire.decode(frames)
+                if isinstance(message, Hello) and message.is_inquiry:
+                    self._answer(sender, Facts(0, "", "", 0, SIZE_BYTES, MAX_INT, 0))
+                    continue
                 if isinstance(message, Hello):
                     peer, applied = sender, 0
                     self._peer = sender

@@ -26,7 +26,7 @@ from writelog.migrate_run import MemoryMove, Migration
 from writelog.migrate_there import Destination
 from writelog.migrate_undo import Settings
 from writelog.plan import Limits
-from writelog.replica import run_command, seconds, some_seconds
+from writelog.replica import downtime, run_command, seconds, some_seconds
 from writelog.sync import floor, rate
 from writelog.sync_control import Wishes
 from writelog.sync_disks import parse_disks
@@ -68,7 +68,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
                         help="the other QEMU's monitor: it is looked at, and told to listen after -incoming defer")
     parser.add_argument("--run-dir", type=Path, metavar="DIR", help="where the tapdisks' control sockets are")
     parser.add_argument("--log", metavar="NAME", help="which write log to use of disks that have several")
-    parser.add_argument("--downtime", type=seconds, default=0.3, metavar="S",
+    parser.add_argument("--downtime", type=downtime, default=0.3, metavar="S",
                         help="stop the guest when the rest of the disks is predicted to take no longer than this, "
                              "and the rest of the memory (each; default: %(default)g s)")
     parser.add_argument("--max-pause", type=some_seconds, default=10.0, metavar="S",

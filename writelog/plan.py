@@ -37,6 +37,8 @@ from writelog.heat import Spread
 
 ASSUMED_RATE: Final = 50e6
 """Send rate before any was measured."""
+MIN_DOWNTIME_S: Final = 0.001
+"""No budget may be less: a pause takes an answer of the replica and its flush at least."""
 SHORT_PART: Final = 0.25
 """Of the downtime budget: a pause that need not become shorter."""
 MARGIN: Final = 0.95

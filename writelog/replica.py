@@ -24,6 +24,7 @@ from tapcore.vbd import Vbd
 from tapcore.workers import Workers
 from writelog import replica_command
 from writelog.keyring import create_keys
+from writelog.plan import MIN_DOWNTIME_S
 from writelog.replica_command import open_copy, recover
 from writelog.replica_copy import SUFFIX as JOURNAL_SUFFIX
 from writelog.replica_server import ReplicaServer
@@ -70,6 +71,15 @@ def seconds(text: str) -> float:
         value = -1.0
     if not 0 <= value <= MAX_OPTION_S:
         raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds from 0 to {MAX_OPTION_S:,}")
+    return value
+
+
+def downtime(text: str) -> float:
+    """An option's budget for a pause."""
+    value = seconds(text)
+    if value < MIN_DOWNTIME_S:
+        raise argparse.ArgumentTypeError(f"{text!r} is no downtime: a pause takes at least an answer of the "
+                                         "replica and its flush; give 0.01 or more")
     return value
 
 

@@ -17,16 +17,29 @@ from typing import Final
 
 import zmq
 
-from tapcore.driver import Env
+from tapcore.driver import Env, leaf_of
 from tapcore.errors import ProtocolError, ReplicationError, UsageError, WritelogError
 from tapcore.loop import Timer
 from tapcore.vbd import Vbd
 from writelog.keyring import Keys
 from writelog.replica_copy import Copy
+from writelog.replica_facts import room
 from writelog.replica_session import OPEN, WAITING, Session
 from writelog.replica_state import StateStore
 from writelog.sync_transport import Gate, monitor_events, prepare, serve_curve
-from writelog.wire import VERSION, Epoch, Failure, Hello, Kept, Message, Refusal, Refused, decode, encode
+from writelog.wire import (
+    VERSION,
+    Epoch,
+    Facts,
+    Failure,
+    Hello,
+    Kept,
+    Message,
+    Refusal,
+    Refused,
+    decode,
+    encode,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -197,6 +210,9 @@ class ReplicaServer:
 
     def _hello(self, identity: bytes, fd: int, hello: Hello) -> None:
         refused = self._reason_to_refuse(hello)
+        if hello.is_inquiry:
+            self._tell_facts(identity, hello, refused or Refused(0, "", ""))
+            return
         if refused is not None:
             logger.warning("a sync of disk %r was refused: %s", hello.disk, refused.message)
             self._send(identity, refused)
@@ -238,6 +254,16 @@ class ReplicaServer:
         """The name in the HELLO that the copy here goes by; 0 if it is none."""
         base = self._copy.state.base
         return base if base in (hello.base, hello.former) else 0
+
+    def _tell_facts(self, identity: bytes, hello: Hello, refused: Refused) -> None:
+        found: list[tuple[int, int]] = []
+        image = leaf_of(self._vbd.chain.head).path
+
+        def tell() -> None:
+            self._send(identity, Facts(refused.reason, refused.message, refused.hint, self._held(hello),
+                                       self._vbd.info.size_bytes, *found[0]))
+
+        self._env.workers.submit(lambda: found.append(room(image)), tell)
 
     def _reason_to_refuse(self, hello: Hello) -> Refused | None:
         size_bytes = self._vbd.info.size_bytes

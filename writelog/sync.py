@@ -18,7 +18,8 @@ from tapcore.rundir import default_run_dir
 from tapcore.text import size_text
 from writelog import sync_command, sync_plan, sync_simulate, sync_verify_run
 from writelog.plan import Limits
-from writelog.replica import run_command, seconds, some_seconds
+from writelog.replica import downtime, run_command, seconds, some_seconds
+from writelog.sync_check import must_take
 from writelog.sync_control import Wishes
 from writelog.sync_disks import parse_disks
 from writelog.sync_group import DiskGroup
@@ -55,7 +56,7 @@ examples:
   writelog-sync --disk vm1=tcp://192.0.2.7:5599 --disk vm1-data=tcp://192.0.2.7:5600
                                                                      two disks with one switch-over
   writelog-sync start --hold --epoch 60 vm1 tcp://192.0.2.7:5599     and the replica has a disk of each minute
-  writelog-sync plan --rate 110M vm1                                 watch the guest, and forecast
+  writelog-sync plan --rate 110M vm1 tcp://192.0.2.7:5599            ask the replica, watch the guest, forecast
   writelog-sync verify vm1 tcp://192.0.2.7:5599                      is the copy good? --repair mends it
   writelog-sync simulate                                             what to expect, in made-up time
 
@@ -106,7 +107,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
                              "writelog-replica of its own")
     parser.add_argument("--run-dir", type=Path, metavar="DIR", help="where the tapdisk's control socket is")
     parser.add_argument("--log", metavar="NAME", help="which write log to use, if a disk has several")
-    parser.add_argument("--downtime", type=seconds, default=0.3, metavar="S",
+    parser.add_argument("--downtime", type=downtime, default=0.3, metavar="S",
                         help="switch over when the pause is predicted to be this short (default: %(default)g s)")
     parser.add_argument("--max-pause", type=some_seconds, default=10.0, metavar="S",
                         help="break a switch-over off that takes longer (default: %(default)g s; --verify apart)")
@@ -187,6 +188,8 @@ def run(options: argparse.Namespace) -> int:
         stack.callback(reporter.close)
         try:
             sources = {name: stack.enter_context(closing(Source(run_dir, name, options.log))) for name in peers}
+            for name, source in sources.items():
+                must_take(source, peers[name], options.downtime, options.overwrite)
             sync: Sync | Together
             if len(sources) == 1:
                 (name, source), = sources.items()
@@ -228,14 +231,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = parse_arguments(arguments[1:])
         return run_command(lambda: sync_command.start(arguments[1:], disks_of(options), options), "writelog-sync")
     if arguments and arguments[0] == "plan":
-        options = sync_plan.parse_arguments(arguments[1:], rate, seconds)
+        options = sync_plan.parse_arguments(arguments[1:], rate, seconds, some_seconds, downtime)
         return run_command(lambda: sync_plan.run(options), "writelog-sync")
     if arguments and arguments[0] == "verify":
         options = sync_verify_run.parse_arguments(arguments[1:], rate, some_seconds)
         return run_command(lambda: sync_verify_run.run(options), "writelog-sync")
     if arguments and arguments[0] in sync_command.COMMANDS:
         op = arguments[0]
-        options = sync_command.parse_arguments(op, arguments[1:], rate, floor, seconds)
+        options = sync_command.parse_arguments(op, arguments[1:], rate, floor, downtime)
         return run_command(lambda: sync_command.steer(op, options), "writelog-sync")
     options = parse_arguments(arguments)
     return run_command(lambda: run(options), "writelog-sync")

@@ -51,7 +51,7 @@ def ask(path: Path, op: str, timeout_s: float | None, **params: Any) -> dict[str
 
 
 def parse_arguments(op: str, arguments: Sequence[str], rate: Callable[[str], float],
-                    floor: Callable[[str], float], seconds: Callable[[str], float]) -> argparse.Namespace:
+                    floor: Callable[[str], float], downtime: Callable[[str], float]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=f"writelog-sync {op}", description=f"Of a sync that runs: {HELP[op]}.")
     parser.add_argument("disk", metavar="DISK")
     parser.add_argument("--run-dir", type=Path, metavar="DIR", help="where the tapdisk's control socket is")
@@ -60,7 +60,7 @@ def parse_arguments(op: str, arguments: Sequence[str], rate: Callable[[str], flo
     if op == "set":
         parser.add_argument("--rate", type=lambda text: 0.0 if text == "off" else rate(text), metavar="RATE",
                             help="send no faster; 'off': as fast as it goes")
-        parser.add_argument("--downtime", type=seconds, metavar="S")
+        parser.add_argument("--downtime", type=downtime, metavar="S")
         parser.add_argument("--throttle-floor", type=lambda text: floor(text) or -1.0, metavar="RATE")
     return parser.parse_args(arguments)
 

@@ -33,7 +33,7 @@ from typing import Any, Final
 from tapcore import unixsocket
 from tapcore.control import Lines, encode_error, encode_result
 from tapcore.errors import ControlError, ProtocolError, WritelogError
-from writelog.plan import Limits
+from writelog.plan import MIN_DOWNTIME_S, Limits
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +99,9 @@ class Wishes:
         if "rate" in settings:
             limits = replace(limits, rate=float(settings["rate"]) if settings["rate"] > 0 else None)
         if "downtime" in settings:
-            limits = replace(limits, downtime_s=max(float(settings["downtime"]), 0.0))
+            if settings["downtime"] < MIN_DOWNTIME_S:
+                raise ControlError(f"no pause is as short as {settings['downtime']} s", errno=errno.EINVAL)
+            limits = replace(limits, downtime_s=float(settings["downtime"]))
         if "throttle_floor" in settings:
             floor = float(settings["throttle_floor"])
             limits = replace(limits, may_throttle=floor >= 0, throttle_floor=floor if floor > 0 else None)

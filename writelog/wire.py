@@ -3,7 +3,8 @@
     sync                                     replica
       HELLO version, session, size, ──────▶  right version, size, writable, no other sync, no copy of
             base, former                     something else: else REFUSED
-                                    ◀──────  WELCOME: which of the two it holds, credit, journal
+                                    ◀──────  WELCOME: which of the two it holds, credit, journal; or FACTS, if
+                                             the HELLO only asked, and nothing has begun
       BASE                          ──────▶  the copy's name from now on, recorded before what follows is applied
       DATA, ZERO, PACKED … (seq 1, 2 …) ──▶  checked, applied in order where they overlap
       PROBE seq, digests            ──────▶  compared with what is there, in that order too
@@ -84,6 +85,7 @@ class Kind(IntEnum):
     PROBED = 19
     EPOCH = 20
     KEPT = 21
+    FACTS = 22
 
 
 class Refusal(IntEnum):
@@ -102,7 +104,8 @@ class Hello:
     """`session` is 16 random bytes that stay the same when a sync connects again. `base` names the copy that the
     primary's log counts for: it lacks what is dirty there, no more; 0: there is none. It may still go by `former`,
     if that is not 0. `overwrite`: whatever other copy the replica holds may be replaced. `in_place`: a consistent
-    copy that it holds need not stay one until this one is complete."""
+    copy that it holds need not stay one until this one is complete. `is_inquiry`: nothing begins, the answer is
+    FACTS."""
 
     version: int
     session: bytes
@@ -112,6 +115,22 @@ class Hello:
     former: int
     overwrite: bool
     in_place: bool
+    is_inquiry: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """`reason`, `message` and `hint` are those of the REFUSED that such a HELLO would get; 0: it would get
+    WELCOME, with `base`. `free_bytes` is the room that the replica's file system has left, `held_bytes` what
+    its image has of it; the first is MAX_INT where that has no end."""
+
+    reason: int
+    message: str
+    hint: str
+    base: int
+    size_bytes: int
+    free_bytes: int
+    held_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,14 +299,14 @@ class Failure:
 
 Message: TypeAlias = (Hello | Welcome | Refused | Data | Zero | Ack | Barrier | Digest | Verify | Content | Promote
                       | Promoted | Release | Released | Failure | Base
-                      | Packed | Probe | Probed | Epoch | Kept)
+                      | Packed | Probe | Probed | Epoch | Kept | Facts)
 
 CLASSES: Final[dict[int, type[Any]]] = {
     Kind.HELLO: Hello, Kind.WELCOME: Welcome, Kind.REFUSED: Refused, Kind.DATA: Data, Kind.ZERO: Zero,
     Kind.ACK: Ack, Kind.BARRIER: Barrier, Kind.DIGEST: Digest, Kind.VERIFY: Verify, Kind.CONTENT: Content,
     Kind.PROMOTE: Promote, Kind.PROMOTED: Promoted, Kind.RELEASE: Release, Kind.RELEASED: Released,
     Kind.ERROR: Failure, Kind.BASE: Base, Kind.PACKED: Packed, Kind.PROBE: Probe, Kind.PROBED: Probed,
-    Kind.EPOCH: Epoch, Kind.KEPT: Kept,
+    Kind.EPOCH: Epoch, Kind.KEPT: Kept, Kind.FACTS: Facts,
 }
 _KINDS: Final = {cls: int(kind) for kind, cls in CLASSES.items()}
 _NAMES: Final = {kind: tuple(field.name for field in fields(cls)) for kind, cls in CLASSES.items()}
@@ -350,7 +369,7 @@ def _decode_header(frame: Buffer) -> Message:
         raise ProtocolError("a header is not an array that begins with a known kind")
     kind, *values = values
     if kind == Kind.HELLO and values and type(values[0]) is int and values[0] != VERSION:
-        return Hello(values[0], bytes(CHECKSUM_BYTES), 0, "", 0, 0, False, False)
+        return Hello(values[0], bytes(CHECKSUM_BYTES), 0, "", 0, 0, False, False, False)
     names = _NAMES[kind]
     if len(values) != len(names):
         raise ProtocolError(f"{Kind(kind).name} has {len(values)} fields, not {len(names)}")
@@ -384,7 +403,7 @@ def _is_valid(name: str, value: object) -> bool:
         return type(value) is bytes and len(value) <= MAX_MASK_BYTES
     if name in _TEXT_FIELDS:
         return type(value) is str and len(value) <= MAX_TEXT_CHARS
-    if name in ("overwrite", "in_place", "is_journaled"):
+    if name in ("overwrite", "in_place", "is_journaled", "is_inquiry"):
         return type(value) is bool
     if name in ("base", "former"):
         return type(value) is int and 0 <= value <= MAX_BASE

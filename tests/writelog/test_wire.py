@@ -18,9 +18,11 @@ BASES = st.integers(0, wire.MAX_BASE)
 SUMS = st.binary(min_size=16, max_size=16)
 TEXTS = st.text(max_size=50)
 MESSAGES = st.one_of(
-    st.builds(Hello, st.just(wire.VERSION), SUMS, NUMBERS, TEXTS, BASES, BASES, st.booleans(), st.booleans()),
+    st.builds(Hello, st.just(wire.VERSION), SUMS, NUMBERS, TEXTS, BASES, BASES, st.booleans(), st.booleans(),
+              st.booleans()),
     st.builds(wire.Base, BASES), st.builds(Welcome, BASES, NUMBERS, st.booleans(), NUMBERS),
     st.builds(wire.Epoch, SUMS, NUMBERS), st.builds(wire.Kept, NUMBERS, st.booleans()),
+    st.builds(wire.Facts, NUMBERS, TEXTS, TEXTS, BASES, NUMBERS, NUMBERS, NUMBERS),
     st.builds(Refused, NUMBERS, TEXTS, TEXTS), st.builds(Barrier, NUMBERS), st.builds(Digest, NUMBERS, SUMS),
     st.builds(Zero, NUMBERS, NUMBERS, st.integers(1, wire.MAX_ZERO_BYTES)),
     st.builds(Ack, NUMBERS, NUMBERS, NUMBERS, NUMBERS),
