@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +21,7 @@ from support import LoopThread
 from tapcore.control import ControlClient, find_disk
 from tapcore.driver import Env
 from tapcore.engine import Engine
-from tapcore.errors import WritelogError
+from tapcore.errors import ControlError, WritelogError
 from tapcore.nbd.client import NbdClient
 from tapcore.vbd import Vbd
 from writelog import sync, wire
@@ -28,6 +30,8 @@ from writelog.hashtree import differing
 from writelog.replica_copy import Copy
 from writelog.replica_server import ReplicaServer
 from writelog.replica_state import StateStore
+from writelog.sync_command import ask
+from writelog.sync_control import find_sync
 from writelog.wire import (
     MAX_INT,
     Ack,
@@ -58,6 +62,7 @@ from writelog.wire import (
 
 SIZE_BYTES = 12 << 20
 WAIT_S = 10.0
+STEER_S = 30.0
 
 
 class Script:
@@ -274,6 +279,37 @@ class Rig:
         with self.control() as control:
             control.call("close", disk="vm1", forget=True)
         self._thread.stop()
+
+
+class Steered:
+    """A sync in a process of its own."""
+
+    def __init__(self, rig: Rig, *arguments: str) -> None:
+        self.rig = rig
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "writelog.sync", "--insecure-loopback-only",
+             "--run-dir", str(rig.env.run_dir), "--json", *arguments],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    def ask(self, op: str, **params: Any) -> dict[str, Any]:
+        return ask(find_sync(self.rig.env.run_dir, "vm1"), op, STEER_S, **params)
+
+    def until(self, state: str) -> dict[str, Any]:
+        """Ask until it is in a state, for a bounded time."""
+        for _ in range(int(STEER_S / 0.02)):
+            try:
+                status = self.ask("status")
+            except ControlError:
+                assert self.process.poll() is None, self.process.communicate()
+            else:
+                if status["state"] == state:
+                    return status
+            threading.Event().wait(0.02)
+        raise AssertionError(f"it never was {state}")
+
+    def end(self) -> tuple[int, dict[str, Any], str]:
+        out, err = self.process.communicate(timeout=STEER_S)
+        return self.process.returncode, json.loads(out.splitlines()[-1]), err.decode()
 
 
 def events(text: str) -> list[dict[str, Any]]:

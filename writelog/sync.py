@@ -35,7 +35,7 @@ from writelog.sync_stop import Interrupted
 from writelog.sync_together import Together
 
 MIN_RATE: Final = 64 << 10
-HOW: Final = ("verify", "keep_running", "overwrite", "in_place", "epoch_s", "compress", "compare")
+HOW: Final = ("verify", "keep_running", "overwrite", "in_place", "epoch_s", "compress", "compare", "verify_every")
 """The options that each disk's Sync has, too."""
 
 DESCRIPTION = """\
@@ -58,6 +58,7 @@ examples:
   writelog-sync start --hold --epoch 60 vm1 tcp://192.0.2.7:5599     and the replica has a disk of each minute
   writelog-sync plan --rate 110M vm1 tcp://192.0.2.7:5599            ask the replica, watch the guest, forecast
   writelog-sync verify vm1 tcp://192.0.2.7:5599                      is the copy good? --repair mends it
+  writelog-sync verify vm1                                           the same, by a sync that runs
   writelog-sync simulate                                             what to expect, in made-up time
 
 exit codes: 0 the replica has confirmed its copy (and taken over), 1 it has not, 2 wrong usage, 130 interrupted
@@ -95,6 +96,16 @@ def moment(text: str) -> float:
     if when.timestamp() <= now.timestamp():
         raise argparse.ArgumentTypeError(f"{text!r} has passed")
     return when.timestamp()
+
+
+def add_verify_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--verify", action="store_true",
+                        help="compare the whole disks during the pause, which makes it much longer: both are read")
+    parser.add_argument("--verify-every", type=some_seconds, metavar="S",
+                        help="compare both ends in the background, and again so long after that is done; "
+                             "`writelog-sync status` tells what was found")
+    parser.add_argument("--receipt", type=Path, metavar="FILE",
+                        help="with --verify: that they are equal, and when, as JSON")
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -147,10 +158,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--in-place", action="store_true",
                         help="write over the consistent copy that the replica holds, which else is kept until "
                              "this one is complete: quicker, but if the sync breaks off there is neither")
-    parser.add_argument("--verify", action="store_true",
-                        help="compare the whole disks during the pause, which makes it much longer: both are read")
-    parser.add_argument("--receipt", type=Path, metavar="FILE",
-                        help="with --verify: that they are equal, and when, as JSON")
+    add_verify_options(parser)
     parser.add_argument("--peer", metavar="NAME",
                         help="whose key the replica must have, as `writelog pair list` shows it (default: HOST, "
                              "or the only one that is known)")

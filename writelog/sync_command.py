@@ -92,6 +92,8 @@ def describe(status: dict[str, Any]) -> str:
         parts.append("paused by the operator")
     parts.append(f"{size_text(status['sent_bytes'])} sent, {size_text(status['remaining_bytes'])} remaining")
     parts.append(f"the pause would take {status['pause_s']:.2f} s")
+    if last := status.get("verification", {}).get("last"):
+        parts.append(f"verified at {last['time']}: {last['outcome']}")
     if status["is_held"]:
         parts.append("held until `writelog-sync switch`")
     return ", ".join(parts)
@@ -127,4 +129,4 @@ def start(arguments: Sequence[str], disks: Iterable[str], options: argparse.Name
     return 0
 
 
-COMMANDS: Final = frozenset(OPS)
+COMMANDS: Final = frozenset(OPS) - {"verify"}

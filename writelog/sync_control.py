@@ -11,6 +11,8 @@ of several disks listens at the name of each.
 | pause  |                                  | sends no more, until `resume`; the log goes on; as status           |
 | resume |                                  | as status                                                           |
 | switch |                                  | a held sync switches over as soon as the pause fits; as status      |
+| verify | repair, rate                    | compares both ends, when the first pass is done; rate in bytes a     |
+|        |                                  | second; as status, where `verification` tells what comes of it      |
 | cancel |                                  | ends the sync; the guest goes on; as status                         |
 | wait   |                                  | is answered when the sync has ended: its report, or its error       |
 
@@ -41,7 +43,7 @@ MAX_REQUEST_BYTES: Final = 4096
 MAX_CLIENTS: Final = 16
 TURN_S: Final = 0.05
 SEND_TIMEOUT_S: Final = 0.5
-OPS: Final = ("status", "set", "pause", "resume", "switch", "cancel", "wait")
+OPS: Final = ("status", "set", "pause", "resume", "switch", "verify", "cancel", "wait")
 SETTINGS: Final = ("rate", "downtime", "throttle_floor")
 
 
@@ -79,6 +81,10 @@ class Wishes:
     """When that ends by itself (time.time())."""
     is_paused: bool = False
     is_cancelled: bool = False
+    verifications: int = 0
+    """That were asked for so far; the last one with `repairs`, at `verify_rate`."""
+    repairs: bool = False
+    verify_rate: float | None = None
     version: int = 0
     """Raised with each change."""
 
@@ -87,6 +93,16 @@ class Wishes:
         if self.is_held and self.switch_at_s is not None and time.time() >= self.switch_at_s:
             self.is_held = False
         return not self.is_held
+
+    def verify(self, settings: dict[str, Any]) -> None:
+        """ControlError if one of them makes no sense."""
+        rate, repair = settings.pop("rate", None), settings.pop("repair", False)
+        is_rate = rate is None or (type(rate) in (int, float) and 0 < rate <= 1e15)
+        if settings or type(repair) is not bool or not is_rate:
+            raise ControlError("cannot verify like that", errno=errno.EINVAL,
+                               hint="known: repair, true or false, and rate, a number above 0")
+        self.repairs, self.verify_rate = repair, rate
+        self.verifications += 1
 
     def set(self, settings: dict[str, Any]) -> None:
         """ControlError if one of them makes no sense."""
@@ -208,7 +224,7 @@ class ControlSocket:
         except ValueError:
             op, request = None, {}
         try:
-            if op not in OPS or (request and op != "set"):
+            if op not in OPS or (request and op not in ("set", "verify")):
                 raise ControlError("a sync does not know such a request", errno=errno.EINVAL,
                                    hint=f"known: {', '.join(OPS)}")
             return self._carry_out(client, op, request)
@@ -224,6 +240,8 @@ class ControlSocket:
             wishes.set(settings)
         elif op in ("pause", "resume"):
             wishes.is_paused = op == "pause"
+        elif op == "verify":
+            wishes.verify(settings)
         elif op == "switch":
             wishes.is_held = False
         elif op == "cancel":

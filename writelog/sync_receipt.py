@@ -19,15 +19,21 @@ MAX_LINES: Final = 20
 EQUAL, DIFFERENT, REPAIRED = "equal", "different", "repaired"
 
 
-def now() -> str:
-    """UTC, to the second."""
+def utc_now() -> str:
+    """To the second."""
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def outcome_of(found: Findings) -> str:
+    if not found.is_equal:
+        return DIFFERENT
+    return REPAIRED if found.differing_bytes else EQUAL
 
 
 @dataclass(frozen=True)
 class Receipt:
     """`base` names the copy, `session` the run that looked at it; `digest` is what both ends have computed over
-    all that they have said about it."""
+    all that they have said about it; empty in a sync that goes on."""
 
     disk: str
     replica: str
@@ -47,9 +53,8 @@ class Receipt:
     def of(cls, report: Report, found: Findings | None = None) -> Receipt:
         """Of a verification, or without `found` of a sync that has compared the paused disk."""
         found = found or Findings(report.size_bytes)
-        outcome = DIFFERENT if not found.is_equal else REPAIRED if found.differing_bytes else EQUAL
         return cls(report.disk, report.replica, report.size_bytes, report.base, report.session, report.digest,
-                   outcome, now(), found.left_out_bytes, found.differing_bytes, found.repaired_bytes,
+                   outcome_of(found), utc_now(), found.left_out_bytes, found.differing_bytes, found.repaired_bytes,
                    [{"offset": offset, "length": length} for offset, length in sorted(found.differences)])
 
     def figures(self) -> dict[str, Any]:
@@ -67,7 +72,8 @@ class Receipt:
             lines += [f"           {one['offset']} {one['length']}" for one in self.differences[:MAX_LINES]]
             if len(self.differences) > MAX_LINES:
                 lines.append(f"           and {len(self.differences) - MAX_LINES} more")
-        return [*lines, f"  copy     {self.base}, by session {self.session}", f"  digest   {self.digest}"]
+        lines.append(f"  copy     {self.base}, by session {self.session}")
+        return [*lines, f"  digest   {self.digest}"] if self.digest else lines
 
     def write(self, path: Path) -> None:
         """As JSON, all of it or nothing. ReplicationError if that cannot be done."""

@@ -31,6 +31,7 @@ from writelog.sync_hooks import Hooks
 from writelog.sync_link import LinkLost, Peer
 from writelog.sync_pack import AUTO
 from writelog.sync_report import CONNECTING, CONVERGING, STALLED, SYNCING, Report, Reporter
+from writelog.sync_rounds import Rounds
 from writelog.sync_source import Source
 from writelog.sync_stop import BrokenOff, Interrupted, PauseTooLong
 from writelog.sync_switch import SwitchOver
@@ -54,6 +55,7 @@ class Sync:
     def __init__(self, source: Source, peer: Peer, limits: Limits, reporter: Reporter, *,
                  verify: bool = False, keep_running: bool = False, overwrite: bool = False,
                  in_place: bool = False, epoch_s: float = math.inf, compress: str = AUTO, compare: bool = False,
+                 verify_every: float | None = None,
                  wishes: Wishes | None = None, hooks: Hooks | None = None, gate: Gate | None = None,
                  shared: Shared | None = None) -> None:
         self.interrupted = False
@@ -78,6 +80,8 @@ class Sync:
         self._switch_over = SwitchOver(self._talk, self._gate, self._wishes, hooks or Hooks(), reporter,
                                        self._report, verify=verify, keep_running=keep_running,
                                        epoch_s=epoch_s)
+        self._rounds = Rounds(self._wishes, verify_every,
+                              lambda text: reporter.state(reporter.current, text))
         self._start_s = time.monotonic()
         self._control = (Follower(self._wishes, self._heed) if shared is not None else
                          ControlSocket((source.control_path,), self._wishes, self.status, self._heed))
@@ -107,7 +111,9 @@ class Sync:
         return asdict(self._copier.progress()) | {
             "disk": self._source.name, "replica": self._peer.endpoint, "state": self._reporter.current,
             "is_held": wishes.is_held, "is_paused": wishes.is_paused, "downtime": wishes.limits.downtime_s,
-            "resumed": self._report.resumed, "epoch": self._report.epoch, "connections": self._report.connections}
+            "resumed": self._report.resumed, "epoch": self._report.epoch, "connections": self._report.connections,
+            "session": self._session.hex(), "base": f"{self._source.base:016x}",
+            "verification": self._rounds.status()}
 
     def _heed(self) -> None:
         """The operator wants something else."""
@@ -247,6 +253,7 @@ class Sync:
             self._talk.take_responses()
         self._pipeline.settle(SETTLE_S)
         self._pipeline.reset(None, 0)
+        self._rounds.lost()
         self._copier.give_back()
 
     def _wait_for_disk(self, error: WritelogError) -> None:
@@ -257,6 +264,7 @@ class Sync:
         self._planner.start_over()
         self._talk.hang_up()
         self._is_welcome = self._is_begun = False
+        self._rounds.abandon()
         self._pipeline.settle(SETTLE_S)
         self._source.close()
         while True:
@@ -346,6 +354,7 @@ class Sync:
                     self._name_copy()
             elif not self._wishes.is_paused:
                 copier.take_more()
+            self._rounds.turn(copier)
             self._talk.pump()
             if not copier.look_is_due:
                 continue

@@ -29,8 +29,8 @@ from writelog.hashtree import LEAF_BYTES, Extents
 from writelog.sync_copy import MAX_OPEN_PORTIONS, Copier
 from writelog.sync_pipeline import PIECE_BYTES, Piece, Portion
 
-MAX_OPEN: Final = 64
-"""Ranges that both ends read at once."""
+MAX_OPEN, MAX_OPEN_COPYING = 64, 16
+"""Ranges that both ends read at once; in a sync that copies, too, others wait for them."""
 MAX_CLOSE: Final = 32
 """Ranges that are looked at closer at once."""
 MAX_LOOKS: Final = 6
@@ -93,6 +93,7 @@ class Verifier:
         self.is_done = False
         self._copier = copier
         self._is_copying = is_copying
+        self._max_open = MAX_OPEN_COPYING if is_copying else MAX_OPEN
         self._repair = repair
         now_s = time.monotonic()
         self._bucket = Bucket(rate, now_s) if rate else None
@@ -150,7 +151,7 @@ class Verifier:
     def _sweep(self) -> bool:
         """Ask for more; False if the sweep is over."""
         size_bytes = self.found.size_bytes
-        while len(self._open) < MAX_OPEN:
+        while len(self._open) < self._max_open:
             if self._bucket is not None and self._bucket.wait_s(time.monotonic()):
                 return True
             if self._missed:

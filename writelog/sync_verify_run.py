@@ -6,17 +6,22 @@ import argparse
 import contextlib
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 from tapcore.errors import ReplicationError, WritelogError
 from tapcore.rundir import default_run_dir
 from writelog.plan import Limits
+from writelog.sync_command import TIMEOUT_S, ask
+from writelog.sync_control import find_sync
 from writelog.sync_keys import add_key_options, check_key_options, find_peer
 from writelog.sync_link import LinkLost, Peer
-from writelog.sync_receipt import Receipt
+from writelog.sync_receipt import DIFFERENT, Receipt
 from writelog.sync_report import VERIFYING, Report, Reporter
 from writelog.sync_run import Sync
 from writelog.sync_source import Source
@@ -25,6 +30,8 @@ from writelog.sync_verify import Findings, Verifier
 from writelog.wire import Release, Released
 
 EXIT_DIFFERENT: Final = 3
+LOOK_S: Final = 0.2
+"""How often to ask a sync how far it has come."""
 SYNC_FIRST_HINT: Final = "make one first, with `writelog-sync --keep-running`"
 
 DESCRIPTION = """\
@@ -37,6 +44,7 @@ examples:
   writelog-sync verify vm1 tcp://192.0.2.7:5599
   writelog-sync verify --rate 50M --receipt /var/log/vm1.json vm1 tcp://192.0.2.7:5599   slowly, for the records
   writelog-sync verify --repair vm1 tcp://192.0.2.7:5599                                 the copy is the bad one
+  writelog-sync verify vm1                               by `writelog-sync start --hold`, which runs, meanwhile
 
 exit codes: 0 equal (now), 1 not found out, 2 wrong usage, 3 different, 130 interrupted
 """
@@ -95,7 +103,9 @@ def parse_arguments(
     parser = argparse.ArgumentParser(prog="writelog-sync verify", description=DESCRIPTION, epilog=EXAMPLES,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("disk", metavar="DISK", help="name of the disk, as tap-ctl list shows it")
-    parser.add_argument("replica", metavar="tcp://HOST:PORT", help="where writelog-replica listens")
+    parser.add_argument("replica", metavar="tcp://HOST:PORT", nargs="?",
+                        help="where writelog-replica listens; left out: a sync of DISK that runs does it, when "
+                             "its first pass is done")
     parser.add_argument("--repair", action="store_true",
                         help="DISK is the good one: send what differs, and look at it again")
     parser.add_argument("--rate", type=rate, metavar="RATE", help="read no faster, such as 50M (bytes a second)")
@@ -112,23 +122,16 @@ def parse_arguments(
                              "or the only one that is known)")
     add_key_options(parser, "--server-key", "the public key of the replica")
     parser.add_argument("--json", action="store_true", help="one JSON object a line: progress, the receipt")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     check_key_options(parser, options, "--server-key")
     return options
 
 
 def run(options: argparse.Namespace) -> int:
     """Verify as the options say; the exit code. WritelogError if it cannot be found out."""
-    peer = find_peer(options.replica, options)
     reporter = Reporter("json" if options.json else "tty" if sys.stdout.isatty() else "plain")
-    source = None
     try:
-        source = Source(options.run_dir or default_run_dir(), options.disk, options.log)
-        verification = Verification(source, peer, Limits(patience_s=options.patience), reporter,
-                                    repair=options.repair, rate=options.rate)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: setattr(verification, "interrupted", True))
-        receipt = Receipt.of(verification.run(), verification.found)
+        receipt = verify_alone(options, reporter) if options.replica else have_verified(options, reporter)
         reporter.end(receipt.figures(), receipt.lines())
         if options.receipt is not None:
             receipt.write(options.receipt)
@@ -141,6 +144,39 @@ def run(options: argparse.Namespace) -> int:
         raise
     finally:
         reporter.close()
-        if source is not None:
-            source.close()
-    return 0 if verification.found.is_equal else EXIT_DIFFERENT
+    return EXIT_DIFFERENT if receipt.outcome == DIFFERENT else 0
+
+
+def verify_alone(options: argparse.Namespace, reporter: Reporter) -> Receipt:
+    """Over a connection of its own."""
+    peer = find_peer(options.replica, options)
+    with closing(Source(options.run_dir or default_run_dir(), options.disk, options.log)) as source:
+        verification = Verification(source, peer, Limits(patience_s=options.patience), reporter,
+                                    repair=options.repair, rate=options.rate)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: setattr(verification, "interrupted", True))
+        report = verification.run()
+        return Receipt.of(report, verification.found)
+
+
+def have_verified(options: argparse.Namespace, reporter: Reporter) -> Receipt:
+    """By the sync of the disk that runs. ControlError if there is none."""
+    path = find_sync(options.run_dir or default_run_dir(), options.disk, options.log)
+
+    def status() -> dict[str, Any]:
+        whole = ask(path, "status", TIMEOUT_S)
+        found: dict[str, Any] = whole.get("disks", {}).get(options.disk, whole)
+        return found
+
+    before = status()["verification"]
+    ask(path, "verify", TIMEOUT_S, repair=options.repair, rate=options.rate)
+    wanted = before["ended"] + (1 if before["running"] is None else 2)
+    while (now := status())["verification"]["ended"] < wanted:
+        reporter.state(VERIFYING if now["verification"]["running"] else now["state"])
+        if running := now["verification"]["running"]:
+            reporter.tell(partial(dict, running), lambda: str(Findings(**running)))
+        time.sleep(LOOK_S)
+    last = now["verification"]["last"]
+    names = ("outcome", "time", "left_out_bytes", "differing_bytes", "repaired_bytes", "differences")
+    return Receipt(now["disk"], now["replica"], last["size_bytes"], now["base"], now["session"], "",
+                   **{name: last[name] for name in names})

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +12,7 @@ from random import Random
 from typing import Any
 
 import pytest
-from sync_rig import SIZE_BYTES, Rig
+from sync_rig import SIZE_BYTES, Rig, Steered
 
 from tapcore.driver import Env
 from tapcore.errors import ControlError
@@ -40,37 +38,6 @@ def copy(tmp_path: Path) -> Path:
     path = tmp_path / "copy.img"
     path.write_bytes(bytes(SIZE_BYTES))
     return path
-
-
-class Steered:
-    """A sync in a process of its own."""
-
-    def __init__(self, rig: Rig, *arguments: str) -> None:
-        self.rig = rig
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "writelog.sync", "--insecure-loopback-only",
-             "--run-dir", str(rig.env.run_dir), "--json", *arguments],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-    def ask(self, op: str, **params: Any) -> dict[str, Any]:
-        return ask(find_sync(self.rig.env.run_dir, "vm1"), op, WAIT_S, **params)
-
-    def until(self, state: str) -> dict[str, Any]:
-        """Ask until it is in a state, for a bounded time."""
-        for _ in range(int(WAIT_S / 0.02)):
-            try:
-                status = self.ask("status")
-            except ControlError:
-                assert self.process.poll() is None, self.process.communicate()
-            else:
-                if status["state"] == state:
-                    return status
-            threading.Event().wait(0.02)
-        raise AssertionError(f"it never was {state}")
-
-    def end(self) -> tuple[int, dict[str, Any], str]:
-        out, err = self.process.communicate(timeout=WAIT_S)
-        return self.process.returncode, json.loads(out.splitlines()[-1]), err.decode()
 
 
 def command(rig: Rig, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
