@@ -22,7 +22,7 @@ from tapcore.vbd import Vbd
 from tapcore.workers import Workers
 from writelog.replica_copy import SUFFIX as JOURNAL_SUFFIX
 from writelog.replica_copy import Copy
-from writelog.replica_redofile import HEADER
+from writelog.replica_redofile import look
 from writelog.replica_state import SUFFIX, State, StateStore, read_record
 
 LONGEST_REPLAY_S: Final = 7 * 86400.0
@@ -50,14 +50,17 @@ def status(arguments: Sequence[str]) -> int:
     if found is None:
         raise UsageError("is no copy: nothing is known of it", path=image, hint=f"there is no {record}")
     state, _, _ = found
-    journal_bytes = _length(options.journal or journal_of(record))
+    epoch, journal_bytes, is_complete = look(options.journal or journal_of(record))
+    if epoch != state.epoch:
+        journal_bytes, is_complete = 0, False
     figures = {"disk": state.disk, "promoted": state.promoted, "consistent": state.is_consistent,
-               "epoch": state.epoch, "time": state.at_ms / 1000, "journal_bytes": journal_bytes}
-    print(json.dumps(figures) if options.json else describe(state, journal_bytes))
+               "epoch": state.epoch, "time": state.at_ms / 1000, "journal_bytes": journal_bytes,
+               "applying": is_complete}
+    print(json.dumps(figures) if options.json else describe(state, journal_bytes, is_complete))
     return 0 if state.is_consistent or state.promoted else 1
 
 
-def describe(state: State, journal_bytes: int = 0) -> str:
+def describe(state: State, journal_bytes: int = 0, is_applying: bool = False) -> str:
     """What the copy is good for."""
     if state.promoted:
         return f"promoted: it was a copy of disk {state.disk!r}, and is the primary now"
@@ -65,7 +68,10 @@ def describe(state: State, journal_bytes: int = 0) -> str:
         return (f"inconsistent since {when(state.at_ms)}: half a copy of disk {state.disk!r}, which a sync has to "
                 "complete")
     text = f"consistent: disk {state.disk!r} as of {when(state.at_ms)} (epoch {state.epoch})"
-    if journal_bytes:
+    if is_applying:
+        text += ("; the journal of the next epoch is complete and half applied, so that the image alone is of no "
+                 "use before a writelog-replica, or `promote`, has ended that")
+    elif journal_bytes:
         text += f"; {size_text(journal_bytes)} of the next epoch in the journal"
     return text
 
@@ -155,9 +161,3 @@ def _add_place_options(parser: argparse.ArgumentParser) -> None:
 def _beside(image: str, suffix: str) -> Path:
     return Path(os.path.realpath(image) + suffix)
 
-
-def _length(journal: Path) -> int:
-    try:
-        return max(0, journal.stat().st_size - HEADER.size)
-    except OSError:
-        return 0

@@ -240,7 +240,7 @@ class RedoFile:
             places.append(0 if extent.data is None else place)
             place += extent.length if extent.data is not None else 0
         code = self._put(iov, place, chain)
-        return code, places
+        return code, [] if code else places
 
     def append_commit(self, commit: Commit) -> int:
         """The journal is complete, durably: 0 or an errno."""
@@ -290,6 +290,23 @@ class RedoFile:
             remove_file(self.path)
         except OSError as error:
             raise image_error(error, str(self.path), "remove the redo journal") from error
+
+
+def look(path: Path) -> tuple[int, int, bool]:
+    """Of a journal that another process may have: the epoch that it begins at, how much it holds, and whether it
+    looks complete, so that it is being applied or has to be. Zeroes if there is none."""
+    try:
+        with path.open("rb") as file:
+            header = file.read(HEADER.size)
+            end = file.seek(0, os.SEEK_END)
+            if len(header) < HEADER.size or end < HEADER.size + RECORD.size:
+                return 0, 0, False
+            file.seek(end - RECORD.size)
+            last = RECORD.unpack(file.read(RECORD.size).ljust(RECORD.size, b"\0"))
+    except OSError:
+        return 0, 0, False
+    epoch = HEADER.unpack(header)["epoch"]
+    return epoch, end - HEADER.size, last["kind"] == Kind.COMMIT and last["offset"] == epoch + 1
 
 
 def _header(epoch: int) -> bytes:

@@ -201,7 +201,7 @@ STEPS = [
     "writelog.replica_redofile:RedoFile.create:after:1", "writelog.replica_redofile:RedoFile.append:after:2",
     "writelog.replica_redofile:RedoFile.append_commit:before:1",
     "writelog.replica_redofile:RedoFile.append_commit:after:1",
-    "writelog.replica_redo:Replay._write:after:1", "writelog.replica_state:StateStore.store:before:1",
+    "writelog.replica_redo:Replay._write:after:1", "writelog.replica_state:StateStore.store:before:2",
     "writelog.replica_redofile:RedoFile.reset:before:1", "writelog.replica_redofile:RedoFile.reset:after:1",
 ]
 
@@ -220,14 +220,19 @@ def test_killed_at_a_step_it_has_the_old_copy_or_the_new_one(
     with subprocess.Popen([sys.executable, "-m", "writelog.sync", "--insecure-loopback-only",
                            "--run-dir", str(rig.env.run_dir), "--keep-running", "vm1", copy.endpoint],
                           stdout=subprocess.DEVNULL) as sync:
-        assert copy.process is not None
-        copy.process.communicate(timeout=WAIT_S)
-        assert copy.process.returncode == -signal.SIGKILL
-        copy.start()
-        assert copy.image.read_bytes() in (old, new)
-        assert copy.status(capsys)["consistent"]
-        was_greeted = "create" not in step
-        assert sync.wait(WAIT_S) == 0 or not was_greeted
+        try:
+            assert copy.process is not None
+            copy.process.communicate(timeout=WAIT_S)
+            assert copy.process.returncode == -signal.SIGKILL
+            is_complete = "append_commit:after" in step or "Replay" in step or "store:before" in step
+            assert copy.status(capsys)["applying"] == is_complete
+            copy.start()
+            assert copy.image.read_bytes() in (old, new)
+            assert copy.status(capsys)["consistent"]
+            was_greeted = "create" not in step
+            assert sync.wait(WAIT_S) == 0 or not was_greeted
+        finally:
+            sync.kill()
     if not was_greeted:
         assert rig.sync("--keep-running", "vm1", copy.endpoint) == 0
     assert copy.status(capsys)["epoch"] > epoch

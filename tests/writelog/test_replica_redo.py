@@ -8,9 +8,13 @@ last one that the primary was told to be kept; and what it was told to be durabl
 
 from __future__ import annotations
 
+import errno
+import os
 import random
 import shutil
 import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,12 +24,12 @@ from hypothesis.stateful import RuleBasedStateMachine, rule
 from recording import SECTOR, Journal, ManualWorkers, RecordingFile
 
 from tapcore.driver import DiskInfo, Driver, Env, Feature, OpenFlag
-from tapcore.errors import WritelogError
+from tapcore.errors import ReplicationError, WritelogError
 from tapcore.loop import Loop
 from tapcore.request import Request
 from writelog import replica_redofile
 from writelog.replica_copy import Copy
-from writelog.replica_redofile import RedoFile
+from writelog.replica_redofile import HEADER, INDEX_SHIFT, Index, RedoFile
 from writelog.replica_state import State, StateStore
 
 SECTORS = 48
@@ -118,6 +122,7 @@ class Rig:
         self.store = Store(state, record_journal)
         self.copy = Copy(env, self.leaf, self.store, self.redo)
         self.errors: list[WritelogError | None] = []
+        self.is_closed = False
 
     @property
     def now(self) -> int:
@@ -176,6 +181,9 @@ class Rig:
         return self.store.at(cut)
 
     def close(self) -> None:
+        if self.is_closed:
+            return
+        self.is_closed = True
         self.workers.close()
         self.leaf.file.close()
         if self.copy._redo is not None:
@@ -326,3 +334,127 @@ class World(RuleBasedStateMachine):
 TestWorld = World.TestCase
 TestWorld.settings = settings(max_examples=150, stateful_step_count=40, deadline=None,
                               phases=[Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink])
+
+
+@pytest.fixture
+def rig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
+    """A copy at epoch 1, all 0xee."""
+    (tmp_path / "copy.img").write_bytes(b"\xee" * SIZE_BYTES)
+    monkeypatch.setattr(RedoFile, "file_type", RedoRecordingFile)
+    rig = Rig(tmp_path, State(7, "vm1", is_consistent=True, epoch=1))
+    rig.recover()
+    rig.begin()
+    yield rig
+    rig.close()
+    RecordingFile.journals = {}
+
+
+def again(rig: Rig) -> Rig:
+    """Its host is up again."""
+    rig.close()
+    return Rig(rig.folder, rig.store.state)
+
+
+def keep(rig: Rig, at_ms: int) -> list[WritelogError | None]:
+    told: list[WritelogError | None] = []
+    rig.copy.epoch(at_ms, told.append)
+    rig.run()
+    return told
+
+
+def test_a_disk_that_is_full_fails_the_extents_and_spares_the_copy(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig.apply(0, b"a" * 512, 512)
+    rig.run()
+    write = RecordingFile.write
+
+    def half(file: RecordingFile, iov: Sequence[memoryview], offset: int, *_: object) -> int:
+        write(file, [iov[0]], offset, len(iov[0]))
+        return errno.ENOSPC
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RedoRecordingFile, "write", half)
+        codes = rig.apply(512, b"b" * 512, 512)
+        rig.run()
+        assert codes == [errno.ENOSPC]
+    codes = rig.apply(1024, b"c" * 512, 512)
+    assert rig.flush() == 0 and codes == [0]
+    assert rig.bare() == b"\xee" * SIZE_BYTES
+    assert keep(rig, 5) == [None]
+    assert rig.bare() == b"a" * 512 + b"\xee" * 512 + b"c" * 512 + b"\xee" * (SIZE_BYTES - 1536)
+
+
+def test_an_image_that_cannot_be_written_leaves_the_journal_until_it_can(rig: Rig) -> None:
+    rig.apply(0, b"a" * 512, 512)
+    assert rig.flush() == 0
+    rig.leaf.errors = [errno.EIO]
+    assert keep(rig, 5) == [None], "it is safe in the journal"
+    assert rig.copy.kept_epoch == 2 and not rig.copy.is_busy
+    with pytest.raises(ReplicationError, match="could not apply its redo journal"):
+        rig.apply(512, b"b" * 512, 512)
+    (error,) = keep(rig, 6)
+    assert error is not None
+    with pytest.raises(ReplicationError):
+        rig.copy.promoted()
+    rig.leaf.errors = [errno.EIO]
+    rig.copy.begin(False, True, rig.errors.append)
+    rig.run()
+    assert rig.errors.pop() is not None
+    rig.begin()
+    assert rig.bare()[:1024] == b"a" * 512 + b"\xee" * 512
+    assert (rig.copy.state.epoch, rig.copy.state.at_ms, rig.copy.journal_bytes) == (2, 5, 0)
+
+
+def test_a_journal_that_is_damaged_is_told_and_not_applied_further(rig: Rig, tmp_path: Path) -> None:
+    rig.apply(0, b"a" * 512, 512)
+    assert rig.flush() == 0
+    with rig.redo.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"?")
+    assert keep(rig, 5) == [None]
+    rig.copy.begin(False, True, rig.errors.append)
+    rig.run()
+    error = rig.errors.pop()
+    assert error is not None and "damaged" in str(error) and "--overwrite" in str(error)
+
+
+@pytest.mark.parametrize("text", [b"", b"garbage" * 9, HEADER.pack(magic=b"wrlgredo", version=2, epoch=1)])
+def test_what_is_no_journal_is_left_alone(rig: Rig, text: bytes) -> None:
+    rig.redo.write_bytes(text)
+    other = again(rig)
+    other.copy.recover(other.errors.append)
+    other.run()
+    assert (other.errors[0] is None) == (not text)
+    assert other.redo.read_bytes() == text
+    other.close()
+
+
+def test_a_journal_of_another_epoch_is_none(rig: Rig) -> None:
+    rig.apply(0, b"a" * 512, 512)
+    assert rig.flush() == 0
+    rig.store.state = replace(rig.store.state, epoch=9)
+    other = again(rig)
+    other.recover()
+    assert other.read() == b"\xee" * SIZE_BYTES
+    assert not other.redo.exists()
+    other.close()
+
+
+def test_the_newest_of_each_range_is_found(rig: Rig) -> None:
+    """Also where extents overlap in part, and over the chunks of the index."""
+    random_ = random.Random(1)
+    index, model = Index(), [0] * 4096
+    unit = (1 << INDEX_SHIFT) // 1024
+    for number in range(1, 300):
+        start = random_.randrange(4096)
+        length = min(random_.randrange(1, 1500), 4096 - start)
+        index.add(start * unit, length * unit, number << 40)
+        model[start : start + length] = [number] * length
+    for start in range(0, 4096, 300):
+        length = min(700, 4096 - start)
+        found = model[:0] + [0] * length
+        for offset, size, place in index.over(start * unit, length * unit):
+            first = offset // unit - start
+            found[first : first + size // unit] = [place >> 40] * (size // unit)
+        assert found == model[start : start + length]

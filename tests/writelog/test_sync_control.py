@@ -18,6 +18,7 @@ from tapcore.driver import Env
 from tapcore.errors import ControlError
 from writelog import sync
 from writelog.plan import Limits
+from writelog.replica_state import StateStore
 from writelog.sync_command import ask
 from writelog.sync_control import ControlSocket, Wishes, find_sync
 
@@ -156,3 +157,23 @@ def test_garbage_is_refused_and_others_are_served(tmp_path: Path, line: bytes) -
     assert (answers[0]["ok"], answers[1]["ok"]) == (False, True)
     control.close({})
     assert not (tmp_path / "c.ctl").exists()
+
+
+def test_while_it_is_held_the_replica_gets_an_epoch_now_and_then(rig: Rig, copy: Path, tmp_path: Path) -> None:
+    """Each the disk of one instant; what is written since then is not in its image."""
+    store = StateStore(tmp_path / "copy.img.replica", copy, SIZE_BYTES)
+    endpoint = rig.replica(f"aio:{copy}", store=store, journal=tmp_path / "copy.img.redo")
+    held = Steered(rig, "--hold", "--epoch", "0.1", "vm1", endpoint)
+    for number in range(1, 4):
+        for _ in range(int(WAIT_S / 0.02)):
+            if held.process.poll() is not None or store.state.epoch > number:
+                break
+            threading.Event().wait(0.02)
+        assert store.state.is_consistent and store.state.epoch > number
+        with rig.guest() as guest:
+            guest.write(number << 16, bytes([number]) * 4096)
+    held.ask("switch")
+    code, report, error = held.end()
+    assert code == 0, error
+    assert report["epoch"] > 3
+    assert copy.read_bytes() == rig.image.read_bytes()
