@@ -65,7 +65,7 @@ class Receipt:
         lines = [f"{self.disk} and its copy at {self.replica}: {outcome} at {self.time}",
                  f"  disk     {size_text(self.size_bytes)}"]
         if self.left_out_bytes:
-            lines[-1] += f", but for {size_text(self.left_out_bytes)} that were written and are not sent yet"
+            lines[-1] += f", but for {size_text(self.left_out_bytes)} that the copy was known to lack"
         if self.differing_bytes:
             repaired = f"; {size_text(self.repaired_bytes)} repaired" if self.repaired_bytes else ""
             lines.append(f"  differ   {size_text(self.differing_bytes)}{repaired}: bytes from, and how many")

@@ -37,7 +37,8 @@ SYNC_FIRST_HINT: Final = "make one first, with `writelog-sync --keep-running`"
 DESCRIPTION = """\
 Compare DISK with its copy at a writelog-replica while the guest writes on, by hashes: only those go over the
 link. What the log has dirty the copy is known to lack, and is left out. Whatever else differs is named, to 4 KiB.
-Nothing is changed at either end, unless --repair says that DISK is the good one: then what differs is sent."""
+Nothing is changed at either end, unless --repair says that DISK is the good one: then what differs is sent, and
+whatever else the copy lacks, in a short pause, as by `writelog-sync --keep-running`."""
 
 EXAMPLES = """\
 examples:
@@ -51,7 +52,8 @@ exit codes: 0 equal (now), 1 not found out, 2 wrong usage, 3 different, 130 inte
 
 
 class Verification(Sync):
-    """A sync that sends nothing, but for repairs, and ends when it has `found` out."""
+    """A sync that sends nothing, but for repairs, and ends when it has `found` out. After a repair it goes on as
+    one that keeps the disk here: what was sent is in the copy when that is a disk of one instant again."""
 
     def __init__(self, source: Source, peer: Peer, limits: Limits, reporter: Reporter, *, repair: bool = False,
                  rate: float | None = None) -> None:
@@ -85,6 +87,8 @@ class Verification(Sync):
                 raise ReplicationError(f"the replica has compared nothing for {verifier.stalled_s:.0f} s",
                                        hint="see what its disk does, or wait longer with --patience")
         talk.pump_until(lambda: self._pipeline.is_all_sent)
+        if verifier.found.repaired_bytes:
+            return super()._converge_and_switch()
         self._switch_over.barrier()
         with contextlib.suppress(LinkLost, WritelogError):  # it is confirmed, whatever comes now
             talk.send(Release())
@@ -107,7 +111,8 @@ def parse_arguments(
                         help="where writelog-replica listens; left out: a sync of DISK that runs does it, when "
                              "its first pass is done")
     parser.add_argument("--repair", action="store_true",
-                        help="DISK is the good one: send what differs, and look at it again")
+                        help="DISK is the good one: send what differs, look at it again, and bring the copy up to "
+                             "date")
     parser.add_argument("--rate", type=rate, metavar="RATE", help="read no faster, such as 50M (bytes a second)")
     parser.add_argument("--receipt", type=Path, metavar="FILE",
                         help="what was found, as JSON, when it was found out")

@@ -19,6 +19,7 @@ from sync_rig import SIZE_BYTES, Rig, Script, events
 from tapcore.driver import Env
 from writelog.client import LogClient
 from writelog.hashtree import LEAF_BYTES
+from writelog.replica_state import StateStore
 from writelog.sync_verify import append
 from writelog.wire import Data, Probe
 
@@ -117,6 +118,27 @@ def test_a_flipped_byte_is_found_and_named_and_repaired_if_asked(
     assert copy.read_bytes() == rig.image.read_bytes()
     assert rig.verify(*VERIFY, endpoint) == 0
     assert last(capsys)["differences"] == []
+
+
+def test_a_repair_is_in_the_image_and_not_in_the_journal_alone(
+    rig: Rig, copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    journal = tmp_path / "copy.img.redo"
+    store = StateStore(tmp_path / "copy.img.replica", copy, SIZE_BYTES)
+    endpoint = rig.replica(f"aio:{copy}", store, journal)
+    assert rig.sync("--keep-running", "vm1", endpoint) == 0
+    capsys.readouterr()
+    flip(copy, 7 * LEAF_BYTES)
+    with rig.guest() as guest:
+        guest.write(0, b"later" + bytes(507))
+    assert rig.verify(*VERIFY, endpoint) == 3
+    assert copy.read_bytes()[7 * LEAF_BYTES] != rig.image.read_bytes()[7 * LEAF_BYTES]
+    assert rig.verify(*VERIFY, "--repair", endpoint) == 0
+    found = last(capsys)
+    assert (found["repaired_bytes"], found["left_out_bytes"]) == (LEAF_BYTES, LEAF_BYTES)
+    assert rig.verify(*VERIFY, endpoint) == 0
+    assert copy.read_bytes() == rig.image.read_bytes()
+    assert rig.guest_goes_on()
 
 
 def test_what_the_copy_is_known_to_lack_is_left_out(
