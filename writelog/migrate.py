@@ -44,11 +44,15 @@ examples:
   on the other host, first the replica, then QEMU with the same machine, waiting:
     writelog-replica --listen tcp://192.0.2.7:5599 … --name vm1 --nbd unix:/run/vm1.nbd aio:/vm/copy.img
     qemu-system-x86_64 … -incoming tcp:192.0.2.7:4444 \\
-      -drive file=nbd+unix:///vm1?socket=/run/vm1.nbd,format=raw,if=none,id=disk \\
+      -drive file=nbd+unix:///vm1?socket=/run/vm1.nbd,file.reconnect-delay=60,format=raw,if=none,id=disk \\
       -device virtio-blk-pci,drive=disk,cyls=16383,heads=16,secs=63
   (without a geometry QEMU wants to read the disk when it starts, and waits: the replica serves no requests yet)
 
   writelog-migrate --qmp unix:/run/vm.qmp --to tcp:192.0.2.7:4444 --disk vm1=tcp://192.0.2.7:5599 …
+
+  encrypted, and with the other QEMU's monitor (it has -qmp, and -incoming defer; both have the object tls0):
+    ssh -f -N -L /run/vm-b.qmp:/run/vm.qmp 192.0.2.7
+    writelog-migrate … --dest-qmp unix:/run/vm-b.qmp --tls-creds tls0
 
 exit codes: 0 the guest runs at the destination, 1 it does not (the error says where it is), 2 wrong usage, 130
 interrupted: it runs on here

@@ -78,7 +78,7 @@ class Migration:
         self._guard: Guard | None = None
         self._memory: Memory | None = None
         self._patience = Patience(group.wishes.limits.patience_s, 0.0)
-        self._is_memory_held = False
+        self._held_s: float | None = None
         self._has_shut_down = False
         self._asked_s = 0.0
         self._start_s = time.monotonic()
@@ -264,9 +264,11 @@ class Migration:
     def _hold_memory(self, is_held: bool) -> None:
         """Have QEMU not stop the guest, as far as it can be kept from it, while a disk could not switch: its link
         dropped a moment ago maybe."""
-        if is_held == self._is_memory_held:
+        if is_held == (self._held_s is not None):
+            if self._held_s is not None and time.monotonic() - self._held_s > self._group.wishes.limits.patience_s:
+                raise Fault(f"{self._laggards()} for too long while the memory was copied")
             return
-        self._is_memory_held = is_held
+        self._held_s = time.monotonic() if is_held else None
         limit = HELD_DOWNTIME_MS if is_held else self._memory_move.settings.parameters["downtime-limit"]
         self._monitor.call("migrate-set-parameters", **{"downtime-limit": limit})
 
@@ -311,7 +313,7 @@ class Migration:
 
     def _begin_memory(self) -> None:
         self._patience = Patience(self._group.wishes.limits.patience_s, time.monotonic())
-        self._is_memory_held = False
+        self._held_s = None
         self._memory_move.settings.apply(self._monitor)
         self._monitor.call("migrate", uri=self._memory_move.uri)
 

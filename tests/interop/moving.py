@@ -24,6 +24,12 @@ SIZE = 8 << 20
 BLOCK = 4096
 SLOTS = SIZE // BLOCK
 WAIT_S = 60
+STOPPED = "writelog.migrate_run:Migration._mark:before:1"
+"""Where a migration is when the memory is copied and the guest was stopped,"""
+HANDED_OVER = "writelog.migrate_run:Migration._may_promote:before:1"
+"""when all disks are handed over, and no replica was told,"""
+PROMOTED = "writelog.migrate_run:Migration._continue:before:1"
+"""and when all replicas are promoted, and QEMU was not told."""
 SLOWLY = "--memory-rate=8M"
 """So that there is time for something to happen meanwhile."""
 Serve = Callable[..., Tapdisk]
@@ -61,24 +67,24 @@ class Move:
                          for name in self.names]
         self.here = Guest(folder, initramfs, [tapdisk.uri for tapdisk in self.tapdisks],
                           None, *self.hosts.qemu_here, at=self.hosts.here)
-        self.replicas = [self._start_replica(number) for number in range(disks)]
+        self.replicas = [self._start_replica(name, self.hosts.endpoint(number))
+                         for number, name in enumerate(self.names)]
         self.endpoints = [read_line(replica).split()[-1] for replica in self.replicas]
         self.there = self._wait_there()
         self.migrate: subprocess.Popen[bytes] | None = None
         self.here.wait_for(lambda text: "wrote 20." in text)
 
-    def _start_replica(self, number: int) -> subprocess.Popen[bytes]:
-        name = self.names[number]
+    def _start_replica(self, name: str, endpoint: str) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
             [*self.hosts.there, sys.executable, "-m", "writelog.replica", *self.hosts.keys_there,
-             "--listen", self.hosts.endpoint(number), "--name", name, "--nbd", f"unix:{self.folder}/{name}.nbd",
+             "--listen", endpoint, "--name", name, "--nbd", f"unix:{self.folder}/{name}.nbd",
              f"aio:{self.folder}/{name}.there"], stdout=subprocess.PIPE)
 
     def start_replica_again(self) -> None:
         """The first one, which has ended."""
         self.replicas[0].communicate(timeout=WAIT_S)
-        self.replicas[0] = self._start_replica(0)
-        assert read_line(self.replicas[0]).split()[-1] == self.endpoints[0]
+        self.replicas[0] = self._start_replica(self.names[0], self.endpoints[0])
+        read_line(self.replicas[0])
 
     def _wait_there(self) -> Guest:
         uris = [f"nbd+unix:///{name}?socket={self.folder}/{name}.nbd" for name in self.names]

@@ -121,18 +121,6 @@ def test_what_fails_before_the_switch_leaves_the_guest_here(move: Move) -> None:
     move.check("here")
 
 
-def test_the_guest_ends_while_it_is_copied(move: Move) -> None:
-    """Its disk is whole, and here."""
-    move.start(SLOWLY)
-    move.wait_for_event("copying the memory")
-    move.here.process.kill()
-    code, _, error = move.finish()
-    assert code == 1 and "the monitor is gone" in error and "the disks go on here" in error
-    assert move.info("vm0")["state"] == "running" and move.info("vm0")["fenced"] is None
-    move.end()
-    move.check("here")
-
-
 def test_the_destination_dies_when_it_has_the_disks(
     move: Move, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

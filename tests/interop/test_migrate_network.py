@@ -6,12 +6,16 @@ from __future__ import annotations
 import signal
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
+from interop.credentials import write_credentials
+from interop.forward import Forward
 from interop.hosts import MEMORY_PORT, two_hosts
-from interop.moving import SLOWLY, WAIT_S, Begin, Move
+from interop.moving import HANDED_OVER, PROMOTED, SLOWLY, STOPPED, WAIT_S, Begin, Move
 from interop.wire import Wire
 
 from writelog.migrate_qmp import Monitor
@@ -21,12 +25,6 @@ MONITOR_PORT = 4445
 MEMORY = "copying the memory"
 OPEN = "--insecure-memory"
 CONNECTING = "writelog.migrate_run:Migration._begin_memory:before:1"
-STOPPED = "writelog.migrate_run:Migration._mark:before:1"
-"""The memory is copied, and the guest was stopped."""
-HANDED_OVER = "writelog.migrate_run:Migration._may_promote:before:1"
-"""All disks, and no replica was told."""
-PROMOTED = "writelog.migrate_run:Migration._continue:before:1"
-"""All replicas; QEMU was not told."""
 
 
 @pytest.fixture
@@ -46,6 +44,32 @@ def wait_for_memory(move: Move) -> None:
     """Until some of it was sent."""
     while wait_for_progress(move, MEMORY)["memory"] is None:
         pass
+
+
+def test_a_guest_moves_to_another_host(begin: Begin, wire: Wire, tmp_path: Path) -> None:
+    """As README says: with the keys of `writelog pair`, the memory over TLS, the other QEMU's monitor through a
+    forwarded socket."""
+    authority = trustme.CA()
+    options = []
+    for endpoint, name in (("client", "host-a"), ("server", wire.address)):
+        folder = write_credentials(tmp_path / endpoint, endpoint, authority, name)
+        options.append(["-object", f"tls-creds-x509,id=tls0,dir={folder},endpoint={endpoint}"])
+    hosts = replace(two_hosts(wire, tmp_path), qemu_here=options[0], qemu_there=options[1], waits="defer")
+    move = begin(hosts=hosts)
+    with closing(Forward(tmp_path / "forwarded.qmp", move.there.monitor)) as forward:
+        move.start("--tls-creds=tls0", "--dest-qmp", forward.address)
+        code, events, error = move.finish()
+    assert code == 0, error
+    move.goes_on(move.there)
+    with closing(Monitor(move.here.monitor)) as monitor:
+        downtime_s = monitor.call("query-migrate")["downtime"] / 1000
+    report = events[-1]
+    print(f"downtime {report['downtime_s']:.3f} s, as QEMU counts it {downtime_s:.3f} s")
+    moved = [event for event in events if event["state"] == MEMORY and event.get("memory")]
+    assert all(event["disks"]["vm0"]["sent_bytes"] and event["memory"]["total_bytes"] for event in moved)
+    assert 0 < report["downtime_s"] < report["elapsed_s"] and report["memory"]["sent_bytes"] > 0
+    move.end()
+    move.check("there")
 
 
 def test_the_link_drops_for_a_moment_in_each_phase(move: Move, wire: Wire) -> None:

@@ -53,7 +53,7 @@ def drive(uri: str) -> tuple[str, str]:
 
 def refused(tapdisk: Tapdisk, monitor: str, *options: str, disk: str = "vm1=tcp://127.0.0.1:1") -> int:
     return migrate.main(["--insecure-loopback-only", "--run-dir", str(tapdisk.run_dir), "--qmp", monitor,
-                         "--to", "unix:/nowhere",
+                         "--to", f"unix:{tapdisk.run_dir}/incoming",
                          "--disk", disk, *options])
 
 
@@ -108,6 +108,27 @@ def test_nobody_listens_at_the_replica(disk: Tapdisk, start: Start, capsys: Said
     assert refused(disk, start(*drive(disk.uri)), "--peer-timeout", "0.5") == 1
     error = capsys.readouterr().err
     assert "is writelog-replica running there?" in error and "the guest runs on here" in error
+
+
+def test_another_machine(disk: Tapdisk, serve: Serve, start: Start, tmp_path: Path, capsys: Said) -> None:
+    """Of another kind, with less memory, fewer processors, no network card, a smaller disk."""
+    pc = ["-machine", "pc", "-accel", "tcg", "-m", "64", "-S", "-nodefaults"]
+    monitor = start(*pc, "-smp", "2", "-device", "virtio-net-pci", *drive(disk.uri))
+    small = tmp_path / "small.img"
+    small.write_bytes(bytes(512))
+    other = start(*pc, "-machine", "q35", "-m", "32", *drive(str(small)), "-incoming", "defer")
+    assert refused(disk, monitor, "--dest-qmp", other) == 1
+    error = capsys.readouterr().err
+    for difference in ("is a pc-q35", "32 MiB of memory instead of 64 MiB", "1 processors", "in PCI slot 2.0",
+                       "lacks a disk of 1,048,576 bytes (has: 512)"):
+        assert difference in error
+    larger = tmp_path / "copy.img"
+    larger.write_bytes(bytes(1 << 20))
+    twin = start(*pc, "-smp", "2", "-device", "virtio-net-pci", *drive(str(larger)), "-incoming", "defer")
+    assert refused(disk, monitor, "--dest-qmp", twin, "--peer-timeout", "0.5") == 1
+    assert "is writelog-replica running there?" in capsys.readouterr().err
+    with closing(Monitor(twin)) as qemu:
+        assert qemu.call("query-migrate")["socket-address"]
 
 
 def test_a_monitor_refuses_and_goes_away(start: Start) -> None:

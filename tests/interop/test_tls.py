@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import trustme
+from interop.credentials import write_credentials
 from processes import Tapdisk
 from support import need
 
@@ -19,17 +20,6 @@ from tapcore.nbd.client import NbdClient, NbdError
 
 SIZE = 8 << 20
 Serve = Callable[..., Tapdisk]
-
-
-def write_credentials(folder: Path, kind: str, authority: trustme.CA, *names: str) -> Path:
-    """`folder` with what a server or a client needs."""
-    folder.mkdir()
-    certificate = authority.issue_cert(*names)
-    authority.cert_pem.write_to_path(folder / "ca-cert.pem")
-    certificate.cert_chain_pems[0].write_to_path(folder / f"{kind}-cert.pem")
-    certificate.private_key_pem.write_to_path(folder / f"{kind}-key.pem")
-    (folder / f"{kind}-key.pem").chmod(0o600)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from random import Random
 
 import pytest
 import trustme
-from interop.test_tls import write_credentials
+from interop.credentials import write_credentials
 from processes import Tapdisk
 from support import need
 
