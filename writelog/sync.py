@@ -150,6 +150,9 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
                         help="an executable to run before the pause, with each DISK and its replica; if it fails, "
                              "so does the sync")
     parser.add_argument("--after-switch", metavar="FILE", help="and one to run after the replicas have taken over")
+    parser.add_argument("--undo-switch", metavar="FILE",
+                        help="and one to run after --before-switch if the guest goes on here: the switch-over was "
+                             "broken off, or it was to with --keep-running")
     parser.add_argument("--overwrite", action="store_true",
                         help="send a full copy, whatever else the replica holds; it is not kept meanwhile")
     parser.add_argument("--compare", action="store_true",
@@ -190,7 +193,7 @@ def run(options: argparse.Namespace) -> int:
     wishes = Wishes(limits, options.hold or options.at is not None, options.at)
     reporter = GroupReporter("json" if options.json else "tty" if sys.stdout.isatty() else "plain")
     run_dir = options.run_dir or default_run_dir()
-    hooks = Hooks(options.before_switch, options.after_switch)
+    hooks = Hooks(options.before_switch, options.after_switch, options.undo_switch)
     how = {name: getattr(options, name) for name in HOW}
     with ExitStack() as stack:
         stack.callback(reporter.close)

@@ -16,20 +16,33 @@ logger = logging.getLogger(__name__)
 TIMEOUT_S: Final = 60.0
 
 
-@dataclass(frozen=True)
+@dataclass
 class Hooks:
     """Executables, called with the name of each disk and the address of its replica. One that fails before the
-    switch stops the sync; one that fails after it is told, and changes nothing."""
+    switch stops the sync; one that fails after it is told, and changes nothing. What was done before it is undone
+    if the guest goes on here."""
 
     before_switch: str | None = None
     after_switch: str | None = None
+    undo_switch: str | None = None
+    is_undone: bool = True
+
 
     def before(self, disks: Mapping[str, str]) -> None:
         if self.before_switch is not None and (failure := _run(self.before_switch, disks)):
             raise ReplicationError(f"the hook before the switch-over {failure}", path=self.before_switch,
                                    hint="the guest goes on here")
+        self.is_undone = False
+
+    def undo(self, disks: Mapping[str, str]) -> None:
+        if self.is_undone:
+            return
+        self.is_undone = True
+        if self.undo_switch is not None and (failure := _run(self.undo_switch, disks)):
+            logger.error("%s: the hook for a guest that goes on here %s", self.undo_switch, failure)
 
     def after(self, disks: Mapping[str, str]) -> None:
+        self.is_undone = True
         if self.after_switch is not None and (failure := _run(self.after_switch, disks)):
             logger.error("%s: the hook after the switch-over %s", self.after_switch, failure)
 

@@ -160,6 +160,8 @@ class Sync:
         # What cannot be undone here is undone by the tapdisk when the source's connections are closed.
         with contextlib.suppress(WritelogError):
             self._source.resume()
+        if not self._source.handed_over:
+            self._switch_over.undo_hook()
         with contextlib.suppress(WritelogError):
             self._source.reclaim()
         self._source.close()

@@ -155,6 +155,11 @@ class SwitchOver:
         if not source.handed_over:
             self._gate.reach(Step.COPYING)
             source.resume()
+            self.undo_hook()
+
+    def undo_hook(self) -> None:
+        """The guest goes on here."""
+        self._hooks.undo({self._talk.copier.source.name: self._talk.peer.endpoint})
 
     def take_back(self, reason: BrokenOff) -> None:
         """The guest goes on here, even if the disk was handed over: its replica was told nothing."""

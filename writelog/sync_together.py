@@ -77,6 +77,8 @@ class Together:
             running = [name for name, disk in group.disks.items() if not disk.join()]
             if self._guard is not None:
                 self._guard.close(not running)
+            if self._gates.allowed is not Step.PROMOTED:
+                self._hooks.undo(group.endpoints)
             group.close(outcome)
 
     def _look(self) -> None:
@@ -105,6 +107,7 @@ class Together:
         elif (reason := self._why_back()) is not None:
             if gates.break_off(reason):
                 self._is_prepared = False
+                self._hooks.undo(self._group.endpoints)
                 self._reporter.state(CONVERGING, str(reason))
         elif gates.wait(allowed, PAUSED_POLL_S):
             self._allow(Step(allowed + 1))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -124,6 +125,27 @@ def test_hooks(rig: Rig, copy: Path, tmp_path: Path, result: int) -> None:
         assert rig.guest_goes_on()
     else:
         assert "the hook after the switch-over ended with 1" in err
+
+
+@pytest.mark.parametrize("way", ["--keep-running", "interrupted"])
+def test_a_hook_is_undone_if_the_guest_goes_on_here(rig: Rig, copy: Path, tmp_path: Path, way: str) -> None:
+    """Such as a process that was stopped, for its monitor can do no more."""
+    with subprocess.Popen(["sleep", "60"]) as guest:
+        hooks = {"before": "STOP", "undo": "CONT"}
+        for name, number in hooks.items():
+            path = tmp_path / name
+            interrupt = "kill -INT $PPID" if (name, way) == ("before", "interrupted") else ""
+            say = f"echo {name} $1 >> {tmp_path}/log"
+            path.write_text(f"#!/bin/sh\nkill -{number} {guest.pid}\n{say}\n{interrupt}\n")
+            path.chmod(0o755)
+        options = ["--before-switch", str(tmp_path / "before"), "--undo-switch", str(tmp_path / "undo")]
+        options += [way] if way.startswith("-") else []
+        code, _, _ = Steered(rig, *options, "vm1", rig.replica(f"aio:{copy}")).end()
+        assert code == (0 if way == "--keep-running" else 130)
+        assert (tmp_path / "log").read_text() == "before vm1\nundo vm1\n"
+        assert rig.guest_goes_on()
+        assert Path(f"/proc/{guest.pid}/stat").read_text().split()[2] != "T"
+        guest.kill()
 
 
 def test_a_moment() -> None:
