@@ -17,7 +17,7 @@ connections do not wait for it. A parameter that is null counts as left out; one
 | close    | disk, forget                | drains, drops clients, closes (forget: removes its logs); disk        |
 | pause    | disk, hold, hold_s          | holds requests back; state, once none is in flight                    |
 | unpause  | disk, chain, force          | lets them go, to another chain if one is given; state                 |
-| handover | disk, to                    | makes a held pause permanent and fences the disk; fenced              |
+| handover | disk, to, state             | makes a held pause permanent and fences the disk; fenced              |
 | throttle | disk, rate                  | slows writes down to rate bytes a second (0: not at all); rate        |
 | stats    | disk                        | disks: counters and histograms by name, of one disk or of all         |
 | info     | disk                        | all about a disk                                                      |
@@ -75,7 +75,7 @@ PARAMS: Final = {
     "close": "disk:text forget:flag?",
     "pause": "disk:text hold:flag? hold_s:time?",
     "unpause": "disk:text chain:text? force:flag?",
-    "handover": "disk:text to:text",
+    "handover": "disk:text to:text state:id?",
     "throttle": "disk:text rate:number",
     "stats": "disk:text?",
     "info": "disk:text",
@@ -105,9 +105,12 @@ def _is_text(value: object) -> bool:
     return True
 
 
+ID: Final = re.compile(r"[0-9a-f]{16}")
+
 _KINDS: Final[dict[str, tuple[str, Callable[[Any], bool]]]] = {
     "text": ("a text", _is_text),
     "texts": ("a list of texts", lambda value: isinstance(value, list) and all(map(_is_text, value))),
+    "id": ("16 hexadecimal digits", lambda value: isinstance(value, str) and ID.fullmatch(value) is not None),
     "flag": ("true or false", lambda value: isinstance(value, bool)),
     "time": ("seconds, more than 0", lambda value: type(value) in (int, float) and 0 < value <= MAX_TIME_S),
     "number": ("a whole number, not negative", lambda value: type(value) is int and 0 <= value <= MAX_OFFSET),

@@ -130,6 +130,10 @@ class Engine:
                            name, vbd.fenced, name)
         return disk
 
+    def adopt(self, disk: Disk) -> None:
+        """Go on with a disk that was opened elsewhere, under a name that is locked."""
+        self.disks[disk.name] = disk
+
     def uris(self, disk: Disk) -> list[str]:
         """The NBD URIs at which a disk is served."""
         is_secure = disk.server.tls is not None

@@ -2,15 +2,20 @@
 
     /vm/disk.img          the image
     /vm/disk.img.fenced   "handed over to tcp://b:7007"
+                          "state 5ab30c4dd1cf8c15 of 2049:1234"
 
 It is there before a hand-over is answered, and every tapdisk that opens the image for writing, with whatever
 chain, heeds it: the disk is paused until somebody forces it to go on, which removes the file. That the file exists
-is what counts; its first line says why. Everything here blocks, for as long as a flush of a disk takes.
+is what counts; its first line says why. The second one, if there is one, names the state of the disk that the
+image (device and inode) holds, durably and to the byte (writelog.generations): it is a copy that lacks what has
+changed since. Everything here blocks, for as long as a flush of a disk takes.
 """
 
 from __future__ import annotations
 
 import contextlib
+import re
+from pathlib import Path
 from typing import Final
 
 from tapcore.beside import beside
@@ -20,6 +25,7 @@ from tapcore.errors import ImageError, image_error
 SUFFIX: Final = ".fenced"
 MAX_BYTES: Final = 4096
 """Of the file, as far as it is read."""
+MAX_WHY_CHARS: Final = 900
 
 
 def read(image: str) -> str | None:
@@ -38,14 +44,40 @@ def read(image: str) -> str | None:
     return lines[0] if lines and lines[0].strip() else f"fenced by {path}"
 
 
-def write(image: str, why: str) -> None:
-    """Fence the image, durably. ImageError, and no fence, if that cannot be done; one that cannot be taken away
-    again either is named in the error."""
-    path = beside(image, SUFFIX)
-    line = " ".join(why.split())
+def state_of(image: str) -> int:
+    """The name of the state that the fenced image holds; 0 if that is not known."""
     try:
+        with beside(image, SUFFIX).open("rb") as file:
+            text = file.read(MAX_BYTES)
+        found = re.search(rb"^state ([0-9a-f]{16}) of (\S+)$", text, re.MULTILINE)
+        return int(found[1], 16) if found and found[2].decode() == _identity(image) else 0
+    except (OSError, ImageError):
+        return 0
+
+
+def time_ms(image: str) -> int:
+    """When the image was fenced, by the clock of this host; 0 if it is not."""
+    try:
+        return beside(image, SUFFIX).stat().st_mtime_ns // 1_000_000
+    except (OSError, ImageError):
+        return 0
+
+
+def _identity(image: str) -> str:
+    status = Path(image).stat()
+    return f"{status.st_dev}:{status.st_ino}"
+
+
+def write(image: str, why: str, state: int = 0) -> None:
+    """Fence the image, which holds the disk at `state` if that is not 0, durably. ImageError, and no fence, if
+    that cannot be done; one that cannot be taken away again either is named in the error."""
+    path = beside(image, SUFFIX)
+    text = " ".join(why.split())[:MAX_WHY_CHARS] + "\n"
+    try:
+        if state:
+            text += f"state {state:016x} of {_identity(image)}\n"
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        replace_file(path, f"{line}\n".encode()[:MAX_BYTES])
+        replace_file(path, text.encode())
     except OSError as error:
         failure = image_error(error, str(path), "record the hand-over")
         failure.hint = f"tapdisk has to be able to write to {path.parent}"

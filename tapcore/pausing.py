@@ -10,7 +10,8 @@ Who wants a disk paused, and what follows:
 A disk runs when none of these is left. A connection that ends takes its hold with it, whatever ended it, and a
 hold with a time limit ends with that: a program that dies, stops or hangs while it holds a disk does not leave a
 guest waiting. A hand-over is answered when the fence beside the image (tapcore.fence) is on the disk; from the
-moment it is asked for nothing lets the disk go on; a job (tapcore.jobs) is ended first. Who opens an image that
+moment it is asked for nothing lets the disk go on; the fence names what the copy was called, `state`, if the image
+has all of it durably; a job (tapcore.jobs) is ended first. Who opens an image that
 has a fence finds its disk paused.
 """
 
@@ -236,10 +237,19 @@ class Pausing:
             logger.warning("%s: %s", disk.name, why)
             self._tell_logs(disk, Log.complete, lambda: call.finish({"fenced": why}))
 
+        def write_fence(code: int, state: int = 0) -> None:
+            if code:
+                logger.error("%s: cannot be flushed: %s; it will need a full copy", disk.name, os.strerror(code))
+            self._in_worker(lambda: fence.write(str(image), why, 0 if code else state), recorded)
+
+        state = int(call.params.get("state", "0"), 16)
+        log = next((log for log in disk.logs if log.is_complete and log.generations.base == state), None)
         if image is None:
             recorded(None)
+        elif log is None:
+            write_fence(0)
         else:
-            self._in_worker(lambda: fence.write(image, why), recorded)
+            log.flush(lambda code: write_fence(code, state))
 
     def _unfence(self, image: str | None, done: Callable[[WritelogError | None], None]) -> None:
         if image is None:

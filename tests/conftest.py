@@ -20,6 +20,16 @@ settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 
 
+@pytest.fixture(autouse=True)
+def default_run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Where a process has its sockets that is not told otherwise: no other test's."""
+    run_dir = tmp_path / "run-default"
+    monkeypatch.setenv("TAPDISK_RUN_DIR", str(run_dir))
+    yield
+    if run_dir.exists():
+        forget_logs(run_dir)
+
+
 @pytest.fixture
 def env(tmp_path: Path) -> Iterator[Env]:
     """A loop, its workers and a run directory of the test's own."""

@@ -257,7 +257,8 @@ def demonstrate(folder: Path, options: argparse.Namespace) -> None:
             "tapcore.tapdisk", "--run-dir", str(run_dir), "--name", "demo", f"log:demo|aio:{image}"))
         _, listening = stack.enter_context(program(
             "writelog.replica", "--keys", str(folder / "b"), "--listen", "tcp://127.0.0.1:0",
-            "--nbd", f"unix:{folder / 'copy.nbd'}", "--name", "demo", f"aio:{copy}"))
+            "--run-dir", str(folder / "b-run"), "--nbd", f"unix:{folder / 'copy.nbd'}", "--name", "demo",
+            f"aio:{copy}"))
         writer = Writer(ready.split()[-1], offsets, options.rate)
         writer.start()
         time.sleep(1)
@@ -279,6 +280,8 @@ def demonstrate(folder: Path, options: argparse.Namespace) -> None:
         after = writer.writes - before
         if not after:
             fail("the writer did not go on")
+        run(sys.executable, "-m", "tapcore.tapctl", "--run-dir", str(folder / "b-run"), "close",
+            "--forget", "demo")
     check_writes(copy, writer.acknowledged)
     run("fsck.ext4", "-f", "-n", str(copy))
     show(report, used_bytes, copy, before, after, time.monotonic() - started_s)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -12,20 +14,25 @@ from pathlib import Path
 from types import FrameType
 from typing import Final
 
+from tapcore.beside import beside
 from tapcore.chain import parse
-from tapcore.driver import Env, leaf_of
-from tapcore.drivers.log import Log
-from tapcore.errors import UsageError, WritelogError
+from tapcore.disk import Disk
+from tapcore.driver import Env
+from tapcore.drivers.log import SIDECAR_SUFFIX, Log
+from tapcore.engine import NAME, NAME_HINT, Engine, default_name
+from tapcore.errors import LogError, UsageError, WritelogError
 from tapcore.loop import Loop
+from tapcore.namelock import lock_name, unlock_name
 from tapcore.nbd.server import NbdServer
 from tapcore.params import size_bytes
-from tapcore.rundir import default_run_dir
-from tapcore.vbd import Vbd
+from tapcore.tapdisk import make_run_dir
+from tapcore.vbd import CLOSED, Vbd
 from tapcore.workers import Workers
 from writelog import replica_command
 from writelog.keyring import create_keys
+from writelog.logstore import forget
 from writelog.plan import MIN_DOWNTIME_S
-from writelog.replica_command import open_copy, recover
+from writelog.replica_command import open_copy, open_store, recover
 from writelog.replica_copy import SUFFIX as JOURNAL_SUFFIX
 from writelog.replica_server import ReplicaServer
 from writelog.replica_session import CREDIT_BYTES
@@ -37,12 +44,16 @@ MAX_OPTION_S: Final = 1_000_000
 M_TRIM_THRESHOLD: Final = -1
 M_MMAP_THRESHOLD: Final = -3
 """Of mallopt(3)."""
+CLOSE_S: Final = 60.0
+"""Longest wait for what ends or is recorded."""
 MIN_OPTION_S: Final = 0.1
 """Of times that must not be 0."""
 
 DESCRIPTION = """\
 Receive a disk from writelog-sync into CHAIN, which must exist and be as large as the disk. Until the switch-over
-the export's clients can connect, and their requests wait; then they are served. One sync at a time.
+the export's clients can connect, and their requests wait; then they are served, and the disk is one of tap-ctl's:
+what is written to it is logged from then on, so that it can go on to another host, or back to where it came from,
+where only what has changed is sent. One sync at a time.
 A consistent copy stays one while it is brought up to date: what comes goes into a journal beside it, IMAGE.redo,
 and is applied in one step when it is complete.
 SIGTERM and SIGINT end it when the requests under way are completed; a second one at once."""
@@ -107,7 +118,13 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
                         help="where the sync connects to; port 0 takes a free one, which is printed")
     parser.add_argument("--nbd", metavar="ADDR",
                         help="serve the disk here after the switch-over (unix:/path or tcp:127.0.0.1:10809)")
-    parser.add_argument("--name", default="replica", help="the disk's name in its export (default: %(default)s)")
+    parser.add_argument("--name",
+                        help="the disk's name, in its export and for tap-ctl (default: that of its image's file)")
+    parser.add_argument("--run-dir", type=Path, metavar="DIR",
+                        help="where the control socket is, as for tapdisk")
+    parser.add_argument("--discard-my-data", action="store_true",
+                        help="let a sync overwrite what the image here holds, though it is a disk of its own, as "
+                             "the half of a split is, or a copy of something else")
     add_key_options(parser, "--authorized", "the public key of the sync, or a directory of such *.key files")
     parser.add_argument("--peer-timeout", type=some_seconds, default=10.0, metavar="S",
                         help="a sync that is silent for so long is gone (default: %(default)g s)")
@@ -143,17 +160,26 @@ COMMANDS: Final = {"keygen": keygen, "status": replica_command.status, "promote"
 
 
 class Replica:
-    """The process: a loop, a paused disk, its export and the replica's socket."""
+    """The process: a loop, a paused disk, its export, the replica's socket, and the engine that gets the disk when
+    it is promoted."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.status = 0
         self._options = options
         self._loop = Loop()
         self._workers = Workers(self._loop)
-        self._env = Env(self._loop, self._workers)
-        self._vbd = Vbd(self._env, options.name)
-        self._nbd = NbdServer(self._env, {options.name: self._vbd})
+        self._env = Env(self._loop, self._workers, make_run_dir(options.run_dir))
+        self._engine = Engine(self._env, on_down=self._engine_is_down)
+        self._name: str = default_name(options.chain) if options.name is None else options.name
+        self._vbd = Vbd(self._env, self._name)
+        self._exports = {self._name: self._vbd}
+        self._nbd = NbdServer(self._env, self._exports)
         self._server: ReplicaServer | None = None
+        self._lock_fd = -1
+        self._unused_logs: list[tuple[str, Path | None]] = []
+        """Name and side-car of the log that nobody needs unless the disk is promoted."""
+        self._is_adopted = False
+        """Whether the disk is the engine's."""
         self._stopping = False
 
     def run(self) -> int:
@@ -161,34 +187,83 @@ class Replica:
         keep_buffers()
         options = self._options
         door = open_door(options.listen, options)
-        if any(level.driver == Log.name for level in parse(options.chain)):
-            self._env.run_dir = default_run_dir().absolute()
-        self._vbd.open(options.chain)
-        self._vbd.pause(lambda: None)
-        image = leaf_of(self._vbd.chain.head).path
+        if not NAME.fullmatch(self._name):
+            raise UsageError(f"{self._name!r} cannot be the name of a disk", hint=NAME_HINT)
+        self._lock_fd = lock_name(self._env.run_dir, self._name)
         try:
-            copy = open_copy(self._env, self._vbd, options.state, options.journal, options.journal_limit)
-            if copy.state.promoted:
-                raise UsageError("this image was promoted: it is the primary, not a replica", path=image,
-                                 hint=f"serve it with tapdisk; or remove {copy.record} if it may be overwritten")
+            store = open_store(self._env, options.chain, options.state)
+            if store.own and options.discard_my_data:
+                store.discard()
+            elif store.own:
+                raise UsageError(store.own, path=store.image,
+                                 hint="serve it with tapdisk; or, if it may be overwritten: --discard-my-data")
+            store.claim()
+            log = self._open_disk(store.image)
+            copy = open_copy(self._env, self._vbd.chain.head if log is None else log.next, store, options.journal,
+                             options.journal_limit)
             recover(self._loop, copy)
             export = self._nbd.listen(options.nbd) if options.nbd else ""
             self._server = ReplicaServer(self._env, self._vbd, export, keys=door.keys,
                                          authorize=door.authorize, peer_timeout_s=options.peer_timeout,
-                                         on_end=self._on_end, copy=copy)
+                                         on_end=self._on_end, copy=copy, log=log,
+                                         may_discard=options.discard_my_data)
             endpoint = self._server.listen(options.listen)
+            self._engine.listen()
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, self._on_signal)
             print(f"listening on {endpoint}", flush=True)
             self._loop.run()
         finally:
-            if self._server is not None and not self._stopping:
-                self._server.close(lambda: None)
-            self._nbd.close()
-            if self._vbd.state != "closed":
-                self._vbd.close(lambda: None)
-            self._workers.close()
+            self._release()
         return self.status
+
+    def _release(self) -> None:
+        """After the end, be it one in good order or not."""
+        if self._server is not None and not self._stopping:
+            self._server.close(lambda: None)
+        self._stopping = True
+        if not self._engine.is_down:
+            self._engine.shutdown()
+            self._loop.run_until(lambda: self._engine.is_down, CLOSE_S)
+        self._nbd.close()
+        if self._vbd.state != CLOSED:
+            self._vbd.close(lambda: None)
+            self._loop.run_until(lambda: self._vbd.state == CLOSED, CLOSE_S)
+        if not self._is_adopted:
+            for name, sidecar in self._unused_logs:
+                with contextlib.suppress(LogError):
+                    forget(self._env.run_dir, name, sidecar)
+            unlock_name(self._env.run_dir, self._name, self._lock_fd)
+        self._workers.close()
+
+    def _open_disk(self, image: str | None) -> Log | None:
+        """Open the disk, paused, with a log on top of it unless CHAIN has one; the log for what is written once it
+        is promoted."""
+        levels = parse(self._options.chain)
+        has_log = any(level.driver == Log.name for level in levels)
+        self._vbd.open(self._options.chain if has_log else f"{self._own_log(image)}|{self._options.chain}")
+        self._vbd.pause(lambda: None)
+        log = self._vbd.chain.head
+        if not isinstance(log, Log) or (has_log and log.generations.base):
+            return None  # the log counts for a copy of the copy: it has to hear of all that is applied
+        codes: list[int] = []
+        if not has_log:
+            self._unused_logs.append((log.log_name, log.sidecar_path))
+        log.start_over(0, codes.append)
+        self._loop.run_until(lambda: bool(codes), CLOSE_S)
+        if codes[0]:
+            raise LogError(f"the log's side-car cannot be written: {os.strerror(codes[0])}", errno=codes[0])
+        return log
+
+    def _own_log(self, image: str | None) -> str:
+        """A log that no other disk can have the name of, with its side-car where `log:` looks for it."""
+        sidecar = beside(image, SIDECAR_SUFFIX) if image is not None else None
+        if sidecar is None or "," in str(sidecar):
+            return f"{Log.name}:{self._name}"
+        with contextlib.suppress(OSError):  # the log tells what is wrong there
+            sidecar.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        escaped = str(sidecar).replace("|", r"\|")
+        return f"{Log.name}:{self._name},sidecar={escaped}"
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         """End in good order; a second signal ends it at once."""
@@ -202,13 +277,33 @@ class Replica:
             return
         self._stopping = True
         assert self._server is not None
-        self._server.close(lambda: self._vbd.close(self._loop.stop))
+        self._server.close(self._close_disk)
+
+    def _close_disk(self) -> None:
+        if self._is_adopted:
+            self._close_engine()
+        else:
+            self._vbd.close(self._close_engine)
+
+    def _close_engine(self) -> None:
+        if self._engine.is_down:
+            self._loop.stop()
+        else:
+            self._engine.shutdown()
+
+    def _engine_is_down(self) -> None:
+        """By `tap-ctl shutdown`, or at the end."""
+        if self._stopping:
+            self._loop.stop()
+        else:
+            self.stop()
 
     def _on_end(self, succeeded: bool) -> None:
-        if not self._options.once:
-            return
         assert self._server is not None
-        if self._server.promoted and self._options.nbd:
+        if self._server.promoted and not self._is_adopted:
+            self._is_adopted = True
+            self._engine.adopt(Disk(self._vbd, self._nbd, self._exports, self._lock_fd))
+        if not self._options.once or (self._server.promoted and self._options.nbd):
             return
         self.status = 0 if succeeded else 1
         self._loop.call_soon(self.stop)

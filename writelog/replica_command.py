@@ -11,8 +11,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Final
 
-from tapcore.chain import parse
-from tapcore.driver import Env, leaf_of
+from tapcore.chain import open_chain, parse
+from tapcore.driver import Driver, Env, OpenFlag, leaf_of
 from tapcore.drivers.log import Log
 from tapcore.errors import ImageError, UsageError, WritelogError
 from tapcore.loop import Loop
@@ -98,7 +98,8 @@ def promote(arguments: Sequence[str]) -> int:
     try:
         vbd.open(options.chain)
         vbd.pause(lambda: None)
-        copy = open_copy(env, vbd, options.state, options.journal)
+        store = open_store(env, options.chain, options.state)
+        copy = open_copy(env, vbd.chain.head, store, options.journal)
         _promote(loop, copy, options.force)
     finally:
         if vbd.state != "closed":
@@ -126,17 +127,26 @@ def _promote(loop: Loop, copy: Copy, force: bool) -> None:
         print(f"left out: {size_text(dropped_bytes)} that came since, and are no disk of one instant")
 
 
-def open_copy(env: Env, vbd: Vbd, record: Path | None, journal: Path | None,
-              limit_bytes: int | None = None) -> Copy:
-    """The copy in a chain that is open. `record` and `journal` are where what is known of it is kept, None: beside
-    the image, if that is a file."""
-    image = leaf_of(vbd.chain.head).path
+def open_store(env: Env, chain_text: str, record: Path | None) -> StateStore:
+    """What is known of the image in a chain. `record` is where that is kept, None: beside the image, if that is a
+    file."""
+    chain = open_chain(env, chain_text, OpenFlag.RDONLY | OpenFlag.QUERY)
+    try:
+        image, size_bytes = leaf_of(chain.head).path, chain.info.size_bytes
+    finally:
+        chain.close()
     if record is None and image and stat.S_ISREG(Path(image).stat().st_mode):
         record = _beside(image, SUFFIX)
-    store = StateStore(record, Path(image) if image else None, vbd.info.size_bytes)
-    if record is not None and journal is None:
-        journal = journal_of(record)
-    return Copy(env, vbd.chain.head, store, journal if record is not None else None, limit_bytes)
+    return StateStore(record, Path(image) if image else None, size_bytes)
+
+
+def open_copy(env: Env, head: Driver, store: StateStore, journal: Path | None,
+              limit_bytes: int | None = None) -> Copy:
+    """The copy in an open chain with `head`. `journal` is where its journal may be, None: beside what is known of
+    it."""
+    if store.path is not None and journal is None:
+        journal = journal_of(store.path)
+    return Copy(env, head, store, journal if store.path is not None else None, limit_bytes)
 
 
 def recover(loop: Loop, copy: Copy) -> None:

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 from collections.abc import Callable
 from typing import Final
 
 import zmq
 
 from tapcore.driver import Env, leaf_of
+from tapcore.drivers.log import Log
 from tapcore.errors import ProtocolError, ReplicationError, UsageError, WritelogError
 from tapcore.loop import Timer
 from tapcore.vbd import Vbd
@@ -54,14 +56,16 @@ class ReplicaServer:
     """Serves syncs for `vbd`, which is open and paused; `export` is what PROMOTED tells.
 
     `on_end(succeeded)` is called when a session ended for good: released, promoted or failed, or gone for
-    `peer_timeout_s` after its link dropped. `copy` must have recovered; without, nothing outlives
-    the process. With `keys`, a sync is
-    let in by `authorize(its public key)`, which is called in a thread.
+    `peer_timeout_s` after its link dropped. `copy` must have recovered; without, nothing outlives the process.
+    With `keys`, a sync is let in by `authorize(its public key)`, which is called in a thread. A disk with a `log`
+    is changed below that, and logged from its promotion on: so the log knows what the former primary lacks. With
+    `may_discard` any copy may be overwritten, once.
     """
 
     def __init__(self, env: Env, vbd: Vbd, export: str = "", *, keys: Keys | None = None,
                  authorize: Callable[[bytes], bool] = lambda key: False, peer_timeout_s: float = 10.0,
-                 on_end: Callable[[bool], None] | None = None, copy: Copy | None = None) -> None:
+                 on_end: Callable[[bool], None] | None = None, copy: Copy | None = None, log: Log | None = None,
+                 may_discard: bool = False) -> None:
         self.promoted = False
         self.endpoint = ""
         self._env = env
@@ -72,6 +76,10 @@ class ReplicaServer:
         self._copy = copy or Copy(env, vbd.chain.head, StateStore())
         self._copy.on_ready = self._wake
         self._applier = self._copy.applier
+        self._log = log
+        self._may_discard = may_discard
+        self._promotions: list[Callable[[str | WritelogError], None]] = []
+        """Who waits for the promotion that is under way."""
         self._disk = ""
         self._in_place = False
         self._session: Session | None = None
@@ -282,7 +290,7 @@ class ReplicaServer:
         is_same = hello.session == self._session_id or self._held(hello)
         if self._session is not None and not is_same:
             return Refused(Refusal.BUSY, "the replica is busy with another sync", "wait for it, or stop it")
-        if not state.base or self._held(hello) or hello.overwrite:
+        if not state.base or self._held(hello) or hello.overwrite or self._may_discard:
             return None
         if hello.base in state.history:
             return Refused(Refusal.STRANGER, f"the write log of disk {hello.disk!r} is older than the copy here: "
@@ -326,6 +334,10 @@ class ReplicaServer:
         return Kept(self._copy.kept_epoch, self._copy.is_journaled)
 
     def session_based(self, base: int) -> None:
+        if self._is_resumed and base == self._copy.state.base:
+            return
+        if self.promoted or self._promotions:
+            raise ReplicationError("the replica was promoted: it gets no other name", errno=errno.EPERM)
         if not self._is_resumed:
             self._copy.based(base, self._disk)
         elif base in self._copy.state.history:
@@ -333,7 +345,7 @@ class ReplicaServer:
                                 errno=errno.EBADMSG)
         else:
             self._copy.renamed(base, self._disk)
-        self._is_resumed = True
+        self._is_resumed, self._may_discard = True, False
 
     def session_writes(self) -> None:
         self._copy.touched()
@@ -348,16 +360,37 @@ class ReplicaServer:
     def session_confirmed(self, digest: bytes | None) -> None:
         self._confirmed = digest
 
-    def promote(self, digest: bytes) -> str:
+    def promote(self, digest: bytes, done: Callable[[str | WritelogError], None]) -> None:
         self._must_name_the_confirmed("PROMOTE", digest)
-        if not self.promoted:
+        if self.promoted:
+            done(self._export)
+            return
+        self._promotions.append(done)
+        if len(self._promotions) > 1:
+            return
+        if self._log is None:
+            self._log_began(0)
+        else:
+            self._log.start_over(self._copy.state.base, self._log_began)
+
+    def _log_began(self, code: int) -> None:
+        """What is written from now on is known to be what the former primary lacks."""
+        outcome: str | WritelogError = self._export
+        try:
+            if code:
+                raise ReplicationError(f"the log's side-car cannot be written: {os.strerror(code)}", errno=code)
             self._copy.promoted()
             self.promoted = True
+            self._applier.turn_to(self._vbd.chain.head)
             self._vbd.resume()
             logger.warning("promoted: this disk is the primary now")
-            if self._on_end is not None:
-                self._on_end(True)
-        return self._export
+        except WritelogError as error:
+            outcome = error
+        waiting, self._promotions = self._promotions, []
+        for done in waiting:
+            done(outcome)
+        if self.promoted and self._on_end is not None:
+            self._on_end(True)
 
     def _must_name_the_confirmed(self, what: str, digest: bytes) -> None:
         if digest != self._confirmed:

@@ -81,8 +81,9 @@ class Owner(Protocol):
     def session_confirmed(self, digest: bytes | None) -> None:
         """The digest of the last barrier; None as soon as anything follows it."""
 
-    def promote(self, digest: bytes) -> str:
-        """Open the export and say where it is; ReplicationError if `digest` is not what was confirmed."""
+    def promote(self, digest: bytes, done: Callable[[str | WritelogError], None]) -> None:
+        """Open the export, then `done(where it is)`, or with what failed. ReplicationError if `digest` is not what
+        was confirmed."""
 
     def session_released(self) -> None: ...
 
@@ -113,6 +114,7 @@ class Session:
         self._barrier: Digest | None = None
         """What to answer once it is durable."""
         self._confirmed = False
+        self._is_promoting = False
         self._flushing = False
         self._flush_timer: Timer | None = None
         self._flush_ended_s = 0.0
@@ -171,6 +173,7 @@ class Session:
         elif isinstance(message, Base):
             self._on_base(message)
         elif isinstance(message, Barrier):
+            self._must_be_based()
             if self._open_probes:
                 raise ProtocolError(f"BARRIER came with {self._open_probes} PROBEs still to be answered")
             self._next_seq(message.seq)
@@ -185,7 +188,8 @@ class Session:
             self._owner.session_epoch(message, self._epoch_ended)
         elif isinstance(message, Promote):
             self._must_be_confirmed("PROMOTE")
-            self._send(Promoted(self._owner.promote(message.digest)))
+            self._is_promoting = True
+            self._owner.promote(message.digest, self._promoted)
         elif isinstance(message, Release):
             self._send(Released())
             self.end()
@@ -208,7 +212,6 @@ class Session:
     def _on_base(self, message: Base) -> None:
         if not message.base:
             raise ProtocolError("BASE names no copy")
-        self._must_not_be_promoted()
         self._owner.session_based(message.base)
         self._is_based = True
 
@@ -245,15 +248,18 @@ class Session:
         if message.offset + message.length > self._size_bytes:
             raise ProtocolError(f"an extent of {message.length} bytes goes beyond the disk's {self._size_bytes}",
                                 offset=message.offset)
-        if not self._is_based:
-            raise ProtocolError("an extent came before BASE", errno=errno.EBADMSG, offset=message.offset)
+        self._must_be_based()
         self._must_not_be_promoted()
         self._next_seq(message.seq)
         self._digest.add(message)
         self.received_bytes += message.length
 
+    def _must_be_based(self) -> None:
+        if not self._is_based:
+            raise ProtocolError("a message was lost on the way: BASE did not come first", errno=errno.EBADMSG)
+
     def _must_not_be_promoted(self) -> None:
-        if self._owner.promoted:
+        if self._owner.promoted or self._is_promoting:
             raise ReplicationError("the replica was promoted: it takes no extents any more", errno=errno.EPERM)
 
     def _next_seq(self, seq: int) -> None:
@@ -366,6 +372,12 @@ class Session:
             self._fail(ReplicationError(f"the replica cannot read its disk back: {os.strerror(code)}", errno=code))
         else:
             self._send(Content(digest))
+
+    def _promoted(self, outcome: str | WritelogError) -> None:
+        if isinstance(outcome, WritelogError):
+            self._fail(outcome)
+        else:
+            self._send(Promoted(outcome))
 
     def _fail(self, error: WritelogError) -> None:
         offset = "" if error.offset is None else f" (at byte {error.offset})"

@@ -12,6 +12,18 @@ device and inode of the image: beside another file of the same name the record c
 
 The image has a fence (tapcore.fence) as long as it is a copy: a tapdisk that opens it for writing serves it
 paused. Who forces it to go on, for a drill maybe, takes the fence away, and then no sync may go on with the copy.
+That of a disk that was handed over names the state that its image holds: so a former primary is a copy, and gets
+back what has changed since. What is found beside an image when it is to become a replica:
+
+    fence          record          side-car     the image is
+    of a state     -               -            a copy at that state
+    a copy's       a copy's        -            that copy
+    of no state    -               -            to be overwritten: its disk lives elsewhere
+    none           a copy's        -            one that was opened by force: a copy of nothing that a log knows
+    none           promoted        -            a disk of its own: only with --discard-my-data
+    none           none            there        as that: it was served with a log, and never handed over
+    none           none            none         new
+
 Everything here blocks.
 """
 
@@ -24,6 +36,8 @@ from pathlib import Path
 from typing import Final
 
 from tapcore import fence
+from tapcore.beside import beside
+from tapcore.drivers.log import SIDECAR_SUFFIX
 from tapcore.durablefile import replace_file
 from tapcore.errors import ImageError, ReplicationError, image_error
 from writelog.generations import MAX_HISTORY, new_id
@@ -31,6 +45,8 @@ from writelog.generations import MAX_HISTORY, new_id
 logger = logging.getLogger(__name__)
 
 SUFFIX: Final = ".replica"
+COPY: Final = "made a copy of disk"
+"""The first words of a copy's fence."""
 MAX_BYTES: Final = 8192
 MAX_BASE: Final = (1 << 64) - 1
 MAX_AT_MS: Final = 1 << 46
@@ -58,50 +74,98 @@ class State:
         return replace(self, base=base, disk=disk, history=former[:MAX_HISTORY])
 
 
+def judge(record: State | None, fence: str | None, fence_state: int, has_sidecar: bool) -> tuple[State, str]:
+    """See the table: what the image is a copy of, and if it is a disk of its own, why."""
+    if fence_state:
+        former = record or State()
+        return replace(former, base=fence_state, promoted=False, is_consistent=True, epoch=former.epoch + 1), ""
+    if record is not None and record.base and fence is not None and fence.startswith(COPY):
+        return replace(record, promoted=False), ""  # if it was promoted, then not to the end
+    if fence is not None:
+        return State(), ""
+    if record is not None and record.promoted:
+        return record, "this image was promoted: it is the primary, not a replica"
+    if record is not None and record.base:
+        return replace(record, base=new_id(), is_consistent=False, epoch=record.epoch + 1), ""
+    if record is None and has_sidecar:
+        return State(), "this image was served with a write log and not handed over: it is a disk of its own"
+    return State(), ""
+
+
 class StateStore:
-    """The state, kept in `path` for an `image` of `size_bytes`; without a path, in memory alone."""
+    """The state, kept in `path` for an `image` of `size_bytes`; without a path, in memory alone. `own` says why
+    the image is a disk of its own, if it is one, and no replica."""
 
     def __init__(self, path: Path | None = None, image: Path | None = None, size_bytes: int = 0) -> None:
         """ImageError if there is a file that cannot be read or makes no sense."""
         self.state = State()
+        self.own = ""
         self.path = path
         self._size_bytes = size_bytes
-        self._image = image
+        self.image = str(image) if image is not None else None
         self._identity = _identity(image) if image is not None else ""
+        self._was_copy = False
+        """What was here before this image was one: the side-car is that one's."""
         if path is not None:
-            self.state = self._load(path)
+            record = self._load(path)
+            if image is None:
+                self.state = record or State()
+                return
+            why, state = fence.read(str(image)), fence.state_of(str(image))
+            has_sidecar = not self._was_copy and beside(str(image), SIDECAR_SUFFIX).exists()
+            self.state, self.own = judge(record, why, state, has_sidecar)
+            if state:
+                self.state = replace(self.state, at_ms=fence.time_ms(str(image)))
+            if record is not None and record.base and self.state.base not in (0, record.base):
+                logger.warning("%s is not the copy of disk %r any more that it was: it was opened by force, or "
+                               "was a primary since", image, record.disk)
 
-    def _load(self, path: Path) -> State:
+    def discard(self) -> None:
+        """What the image holds may be overwritten, though it is a disk of its own."""
+        self.state, self.own = State(), ""
+
+    def claim(self) -> None:
+        """Before a new image gets a log, have a record of what it is meant to be."""
+        if self.path is not None and not self.path.exists():
+            self._write(self.path, self.state)
+
+    def _load(self, path: Path) -> State | None:
         found = read_record(path)
         if found is None:
-            return State()
+            return None
         state, image, size_bytes = found
         if (image, size_bytes) != (self._identity, self._size_bytes):
             logger.warning("%s was written for another image of this name, and is ignored", path)
-            return State()
-        if state.base and not state.promoted and self._image is not None and fence.read(str(self._image)) is None:
-            logger.warning("%s was opened by force since it was made: it is a copy of %r no more", self._image,
-                           state.disk)
-            return replace(state, base=new_id(), is_consistent=False, epoch=state.epoch + 1)
+            self._was_copy = not state.promoted
+            return None
         return state
 
     def store(self, state: State) -> None:
         """Durably, and fence the image, or take its fence away if it is promoted. ReplicationError or ImageError,
         with nothing changed that counts, if that cannot be done."""
+        image = self.image
         if self.path is not None:
-            if self._image is not None and not state.promoted:
-                fence.write(str(self._image), f"made a copy of disk {state.disk!r} of another host")
-            record = asdict(state) | {"base": f"{state.base:016x}", "image": self._identity,
-                                      "size_bytes": self._size_bytes,
-                                      "history": [f"{name:016x}" for name in state.history]}
-            try:
-                replace_file(self.path, json.dumps(record, indent=1).encode() + b"\n")
-            except OSError as error:
-                raise ReplicationError(f"cannot record the state of the replica: {error.strerror}",
-                                       errno=error.errno, path=str(self.path)) from error
-        if self._image is not None and state.promoted:
-            fence.clear(str(self._image))
+            why = f"{COPY} {state.disk!r} of another host"
+            is_copy = image is not None and not state.promoted
+            if is_copy and fence.read(str(image)) is None:
+                self._write(self.path, State())  # with a fence, a former record would count
+                fence.write(str(image), why)
+            self._write(self.path, state)
+            if is_copy and fence.read(str(image)) != why:
+                fence.write(str(image), why)  # not before: until then the fence says what the image holds
+        if image is not None and state.promoted:
+            fence.clear(image)
         self.state = state
+
+    def _write(self, path: Path, state: State) -> None:
+        record = asdict(state) | {"base": f"{state.base:016x}", "image": self._identity,
+                                  "size_bytes": self._size_bytes,
+                                  "history": [f"{name:016x}" for name in state.history]}
+        try:
+            replace_file(path, json.dumps(record, indent=1).encode() + b"\n")
+        except OSError as error:
+            raise ReplicationError(f"cannot record the state of the replica: {error.strerror}",
+                                   errno=error.errno, path=str(path)) from error
 
 
 def read_record(path: Path) -> tuple[State, str, int] | None:

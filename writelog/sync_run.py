@@ -199,8 +199,7 @@ class Sync:
     def _name_copy(self) -> None:
         """Tell the replica the copy's new name; what was given back to the log it gets under that."""
         self._named_s = time.monotonic()
-        if not self._source.handed_over:
-            self._talk.send(Base(self._source.base))
+        self._talk.send(Base(self._source.base))
 
     @property
     def _rename_is_due(self) -> bool:

@@ -297,7 +297,7 @@ class Source:
         assert self._served is not None
         self._control.timeout_s = HAND_OVER_S
         try:
-            self._control.call("handover", disk=self.name, to=to)
+            self._control.call("handover", disk=self.name, to=to, state=f"{self.base:016x}")
         except WritelogError as error:
             if self._control.is_closed:
                 self.paused = False  # this process holds it no more

@@ -245,17 +245,30 @@ class Log(Filter):
     def complete(self, done: Resume) -> None:
         """The disk was handed over: if the copy at the base lacks nothing, both sides have what goes by that name
         now. `done(0)` when that is durable, or with an errno."""
-        store, dirty_map = self._opened(), self._map
-        if store.generations.base == 0 or dirty_map.dirty.bits.any() or dirty_map.taken.bits.any():
-            done(0)
-        else:
+        store = self._opened()
+        if self.is_complete:
             store.change(store.generations.completed(), done)
+        else:
+            done(0)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the copy at the base lacks nothing."""
+        has_base = self._opened().generations.base != 0
+        return has_base and not (self._map.dirty.bits.any() or self._map.taken.bits.any())
 
     def part(self, done: Resume) -> None:
         """The disk goes on though it was handed over: it is another one than its copy from now on. `done` as for
         `complete`."""
         store = self._opened()
         store.change(store.generations.parted(new_id()), done)
+
+    def start_over(self, base: int, done: Resume) -> None:
+        """Nothing is written; whatever the log knew does not count any more. From now on the copy at `base` lacks
+        what is written, and with 0 nothing is known of any copy. `done` as for `complete`."""
+        store = self._opened()
+        self._map.clear()
+        store.change(Generations(new_id(), base), done)
 
     def _opened(self) -> LogStore:
         if self._store is None:

@@ -43,16 +43,27 @@ def test_written_read_and_cleared(image: Path) -> None:
     fence.write(str(image), "handed over\nto tcp://b")
     assert beside.read_text() == "handed over to tcp://b\n"
     assert fence.read(str(image)) == "handed over to tcp://b"
+    assert fence.state_of(str(image)) == 0
     fence.clear(str(image))
     fence.clear(str(image))
     assert fence.read(str(image)) is None
     assert list(image.parent.iterdir()) == [image]
 
 
+def test_a_fence_says_what_its_image_holds(image: Path) -> None:
+    fence.write(str(image), "handed over " * 1000, 0x5AB30C4DD1CF8C15)
+    assert str(fence.read(str(image))).startswith("handed over handed")
+    assert fence.state_of(str(image)) == 0x5AB30C4DD1CF8C15
+    other = image.with_name("other")
+    other.write_bytes(bytes(SIZE))
+    other.rename(image)
+    assert fence.read(str(image)) and fence.state_of(str(image)) == 0
+
+
 @pytest.mark.parametrize("content", [b"", b"\n", b"\xff\xfe", b"x" * 100_000])
 def test_a_fence_of_any_content_counts(image: Path, content: bytes) -> None:
     image.with_name("disk.img.fenced").write_bytes(content)
-    assert fence.read(str(image))
+    assert fence.read(str(image)) and fence.state_of(str(image)) == 0
 
 
 def test_a_fence_that_cannot_be_read_counts(image: Path) -> None:
@@ -159,12 +170,12 @@ def test_while_a_hand_over_is_recorded(
     asked, may_end = threading.Event(), threading.Event()
     write = fence.write
 
-    def write_late(image: str, why: str) -> None:
+    def write_late(image: str, why: str, state: int) -> None:
         asked.set()
         assert may_end.wait(TIMEOUT_S)
         if fails:
             raise ImageError("no room", errno=errno.ENOSPC)
-        write(image, why)
+        write(image, why, state)
 
     monkeypatch.setattr(fence, "write", write_late)
     outcome: list[object] = []

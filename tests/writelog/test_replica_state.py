@@ -79,4 +79,4 @@ def test_a_promoted_image_is_no_replica(image: Path, capsys: pytest.CaptureFixtu
     assert main(["--insecure-loopback-only", "--listen", "tcp://127.0.0.1:0", f"aio:{image}"]) == 2
     error = capsys.readouterr().err
     assert "it is the primary, not a replica" in error
-    assert "copy.img.replica" in error
+    assert "--discard-my-data" in error

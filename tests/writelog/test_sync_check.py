@@ -138,7 +138,7 @@ def test_a_target_without_room(source: Source) -> None:
     refused(source, "the disk holds 2 MiB of data, but the replica's file system has room for", "vm1", endpoint)
     code, out, _ = source.sync("plan", "--rate", "100M", "--for", "0", "--json", "vm1", endpoint)
     target = json.loads(out)["target"]
-    assert code == 1 and "of room there" in target["problem"] and target["free_bytes"] == 1 << 20
+    assert code == 1 and "of room there" in target["problem"] and 0 < target["free_bytes"] < 1 << 20
 
 
 def test_a_target_of_another_pair(source: Source) -> None:

@@ -32,7 +32,7 @@ def wait():
     while not (folder / "go").exists():
         threading.Event().wait(0.01)
 def fail(): raise ImageError("no room", errno=28)
-def spoiled(image, why):
+def spoiled(image, why, state):
     {spoiled}
 fence.write = spoiled
 """
@@ -121,7 +121,7 @@ def primary(tmp_path: Path) -> Iterator[Primary]:
 
 
 def test_one_that_takes_its_time_is_waited_for(primary: Primary) -> None:
-    primary.serve("wait(); write(image, why)")
+    primary.serve("wait(); write(image, why, state)")
     primary.begin()
     primary.until_asked()
     assert not primary.promoted
@@ -143,7 +143,7 @@ def test_one_that_fails_late_did_not_happen(primary: Primary) -> None:
     assert primary.goes_on()
 
 
-@pytest.mark.parametrize("spoiled", ["write(image, why); die()", "wait(); write(image, why); die()"])
+@pytest.mark.parametrize("spoiled", ["write(image, why, state); die()", "wait(); write(image, why, state); die()"])
 def test_a_tapdisk_that_dies_with_the_fence_on_the_disk_has_handed_over(primary: Primary, spoiled: str) -> None:
     primary.serve(spoiled)
     primary.begin()
@@ -171,7 +171,7 @@ def test_one_that_dies_without_is_waited_for_and_hands_over_then(primary: Primar
     assert primary.info()["fenced"] and primary.script.memory == primary.image.read_bytes()
 
 
-@pytest.mark.parametrize("ending", ["write(image, why)", "fail()"])
+@pytest.mark.parametrize("ending", ["write(image, why, state)", "fail()"])
 def test_who_does_not_wait_is_told_what_may_be_the_case(primary: Primary, ending: str) -> None:
     primary.serve(f"wait(); {ending}")
     primary.begin()
