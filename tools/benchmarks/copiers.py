@@ -34,6 +34,7 @@ class Place:
     target: Path
     deadline_s: float
     host: str = "127.0.0.1"
+    source_host: str = "127.0.0.1"
     at_source: Sequence[str] = ()
     at_target: Sequence[str] = ()
     encrypted: bool = False
@@ -42,6 +43,11 @@ class Place:
     def guest(self) -> Path:
         """The guest's NBD socket."""
         return self.folder / "guest"
+
+    @property
+    def guest_there(self) -> Path:
+        """The one at the target, after a hand-over."""
+        return self.folder / "guest-there"
 
 
 @dataclass
@@ -117,33 +123,51 @@ class Writelog(Copier):
     def serve(self) -> None:
         place = self.place
         self._tapdisk = self._start("tapdisk", [
-            sys.executable, "-m", "tapcore.tapdisk", "--run-dir", str(place.folder), "--name", "bench",
+            sys.executable, "-m", "tapcore.tapdisk", "--run-dir", str(place.folder), "--name", LOG_NAME,
             "--nbd", f"unix:{place.guest}", f"log:{LOG_NAME}|aio:{place.source}"])
-        self._guards = guards = ["--insecure-loopback-only"]
+        self._guards = self._replica_guards = ["--insecure-loopback-only"]
         if place.encrypted or place.at_source:
             for name in ("sync", "replica"):
                 self._start("keygen", [sys.executable, "-m", "writelog.replica", "keygen", str(place.folder),
                                        "--name", name]).run_to_end()
             folder = place.folder
             self._guards = ["--key", f"{folder}/sync.key_secret", "--server-key", f"{folder}/replica.key"]
-            guards = ["--key", f"{folder}/replica.key_secret", "--authorized", f"{folder}/sync.key"]
+            self._replica_guards = ["--key", f"{folder}/replica.key_secret", "--authorized", f"{folder}/sync.key"]
+        if not self._tapdisk.read_line():
+            raise self._tapdisk.failure()
+        self._run_dir, self._at = place.folder, place.at_source
+        self._receive(place.target, place.at_target, place.host, self._there, place.guest_there)
+
+    @property
+    def _there(self) -> Path:
+        """The run directory at the target."""
+        return self.place.folder / "there"
+
+    def _receive(self, image: Path, at: Sequence[str], host: str, run_dir: Path, guest: Path) -> None:
+        """Start a replica of the disk, for the next sync."""
         self._replica = self._start("writelog-replica", [
-            *place.at_target, sys.executable, "-m", "writelog.replica", *guards, "--listen", f"tcp://{place.host}:0",
-            f"aio:{place.target}"])
-        for process in (self._tapdisk, self._replica):
-            line = process.read_line().decode()
-            if not line:
-                raise process.failure()
+            *at, sys.executable, "-m", "writelog.replica", *self._replica_guards, "--listen", f"tcp://{host}:0",
+            "--run-dir", str(run_dir), "--name", LOG_NAME, "--nbd", f"unix:{guest}", f"aio:{image}"])
+        line = self._replica.read_line().decode()
+        if not line:
+            raise self._replica.failure()
         self._endpoint = line.split()[-1]
+
+    def turn_round(self) -> None:
+        """After a hand-over: a guest works at `guest_there`, and the next sync goes back."""
+        place = self.place
+        self._tapdisk.terminate()
+        self._tapdisk.run_to_end()
+        self._tapdisk, self._run_dir, self._at = self._replica, self._there, place.at_target
+        self._receive(place.source, place.at_source, place.source_host, place.folder, place.guest)
 
     def copy(self, quiesce: Callable[[], None]) -> Copy:
         return self.sync(quiesce=quiesce)
 
     def sync(self, *options: str, quiesce: Callable[[], None] = lambda: None) -> Copy:
-        place = self.place
         sync = self._start("writelog-sync", [
-            *place.at_source, sys.executable, "-m", "writelog.sync", "--run-dir", str(place.folder), "--json",
-            *self._guards, *options, "bench", self._endpoint])
+            *self._at, sys.executable, "-m", "writelog.sync", "--run-dir", str(self._run_dir), "--json",
+            *self._guards, *options, LOG_NAME, self._endpoint])
         if not sync.read_line():
             raise sync.failure()
         start_s = time.monotonic()
@@ -166,7 +190,8 @@ class Writelog(Copier):
 
     def close(self) -> None:
         super().close()
-        forget(self.place.folder, LOG_NAME)
+        for run_dir in (self.place.folder, self._there):
+            forget(run_dir, LOG_NAME)
 
 
 class Mirror(Copier):

@@ -35,9 +35,9 @@ class Link:
         """What a command begins with that is to run there."""
         return ["ip", "netns", "exec", namespace]
 
-    def sent_bytes(self) -> int:
-        """What has left the source so far."""
-        shown = _run("ip", "-n", self.source, "-s", "-j", "link", "show", "dev", self.device)
+    def sent_bytes(self, namespace: str = "") -> int:
+        """What has left the source so far, or another end."""
+        shown = _run("ip", "-n", namespace or self.source, "-s", "-j", "link", "show", "dev", self.device)
         return int(json.loads(shown)[0]["stats64"]["tx"]["bytes"])
 
 

@@ -26,8 +26,8 @@ COPIERS: Final[tuple[type[Copier], ...]] = (Writelog, Mirror, BlockingMirror)
 PATIENCE: Final = 3.0
 """A run that takes so many times what the link needs for the disk is given up."""
 FIXED_LIMIT_S: Final = 30.0
-AGAIN_S: Final = 60.0
-"""How long the guest writes before a disk that was copied is copied again, at scale 1."""
+THERE_S: Final = 60.0
+"""How long the guest writes at the target before its disk goes back, at scale 1."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,10 @@ class Row:
         return figures
 
 
-AGAIN: Final = Row("again after zipf 40 MiB/s", "full", "zipf")
+BACK: Final = Row("back after zipf 40 MiB/s", "full", "zipf")
 ROWS: Final = [Row("idle", "full"), Row("idle, 30 % allocated", "30 % allocated"),
                Row("zipf 40 MiB/s", "full", "zipf"), Row("zipf 90 MiB/s, moving", "full", "moving"),
-               Row("rewrite 60 MiB/s", "full", "rewrite"), Row("uniform 1.25 x link", "full", "uniform"), AGAIN]
+               Row("rewrite 60 MiB/s", "full", "rewrite"), Row("uniform 1.25 x link", "full", "uniform"), BACK]
 
 
 def measure(rows: list[Row], options: argparse.Namespace, folder: Path) -> list[Outcome]:
@@ -71,8 +71,8 @@ def measure(rows: list[Row], options: argparse.Namespace, folder: Path) -> list[
             source = folder / "disk.img"
             noise_bytes = disks.make(source, size_bytes, row.disk)
             for _ in range(options.repeat or 1):
-                if row is AGAIN:
-                    _measure_again(outcomes, source, options.scale, limit_s, link)
+                if row is BACK:
+                    _measure_back(outcomes, source, options.scale, limit_s, link)
                     continue
                 for kind in COPIERS:
                     try:
@@ -85,33 +85,34 @@ def measure(rows: list[Row], options: argparse.Namespace, folder: Path) -> list[
     return list(outcomes.values())
 
 
-def _measure_again(outcomes: dict[str, Outcome], source: Path, scale: float, limit_s: float, link: Link) -> None:
-    """A copy, a guest that writes for a while, and the copy again: how much more is sent than was changed. QEMU's
-    job has no memory of the first copy, and would send the disk."""
-    again_s = AGAIN_S * scale
+def _measure_back(outcomes: dict[str, Outcome], source: Path, scale: float, limit_s: float, link: Link) -> None:
+    """A disk is handed over, its guest writes at the target for a while, and it is handed over back: how much more
+    is sent than was changed. QEMU's job has no memory of the way there, and would send the disk."""
+    there_s = THERE_S * scale
     try:
-        with runs.prepared(Writelog, source, 2 * limit_s + again_s, link) as copier:
+        with runs.prepared(Writelog, source, 2 * limit_s + there_s, link) as copier:
             assert isinstance(copier, Writelog)
-            copier.sync("--keep-running")
-            guest = GuestProcess(copier.place, AGAIN.load, link.payload_rate)
+            copier.sync()
+            copier.turn_round()
+            guest = GuestProcess(copier.place, BACK.load, link.payload_rate, copier.place.guest_there)
             try:
-                time.sleep(again_s)
+                time.sleep(there_s)
                 guest.stop()
                 trace = guest.finish()
             finally:
                 guest.end()
             changed_bytes = trace.changed_blocks * BLOCK_BYTES
-            before_bytes = link.sent_bytes()
+            before_bytes = link.sent_bytes(link.target)
             copy = copier.sync()
-            sent_bytes = link.sent_bytes() - before_bytes
+            sent_bytes = link.sent_bytes(link.target) - before_bytes
             disks.must_be_equal(copier.place.source, copier.place.target)
     except RunFailed as failure:
-        fail(outcomes, AGAIN.name, OURS, str(failure))
+        fail(outcomes, BACK.name, OURS, str(failure))
         return
     floor_s = changed_bytes / link.payload_rate
-    add(outcomes, AGAIN.name, OURS, {
+    add(outcomes, BACK.name, OURS, {
         ("data", "% of changes"): 100 * sent_bytes / changed_bytes,
         ("time", "% of floor"): 100 * (copy.end_s - copy.start_s) / floor_s,
         ("downtime", "ms"): copy.pause_s * 1e3})
-    add(outcomes, AGAIN.name, "a full copy",
+    add(outcomes, BACK.name, "a full copy",
         {("data", "% of changes"): 100 * source.stat().st_size / changed_bytes})

@@ -74,12 +74,13 @@ def measure(folder: Path, program: str, seed: int) -> dict[str, float]:
     copy.unlink(missing_ok=True)
     copy.touch()
     os.truncate(copy, SIZE_BYTES)
-    for name in (f"{image}.fenced", f"{copy}.replica"):
+    for name in (f"{image}.fenced", f"{copy}.replica", f"{copy}.writelog"):
         Path(name).unlink(missing_ok=True)
     python, options = [sys.executable, "-m"], {"stdout": subprocess.PIPE, "text": True}
     tapdisk = subprocess.Popen([*python, "tapcore.tapdisk", "--run-dir", str(run_dir), "--name", "vm1",
                                 f"log:|aio:{image}"], **options)  # type: ignore[call-overload]
     replica = subprocess.Popen([*python, "writelog.replica", "--insecure-loopback-only",
+                                "--run-dir", str(folder / "there"),
                                 "--listen", "tcp://127.0.0.1:0", f"aio:{copy}"],
                                **options)  # type: ignore[call-overload]
     try:

@@ -15,7 +15,7 @@ from typing import Final
 
 from tools.benchmarks import disks
 from tools.benchmarks.copiers import Copier, Copy, Place
-from tools.benchmarks.link import TARGET_HOST, Link
+from tools.benchmarks.link import SOURCE_HOST, TARGET_HOST, Link
 from tools.benchmarks.load import Trace
 from tools.benchmarks.processes import Watched
 
@@ -49,11 +49,11 @@ class GuestProcess:
     """The load generator. `stop()` returns when nothing of it is in flight; `finish()`, after that, what it has
     seen."""
 
-    def __init__(self, place: Place, load: str, link_rate: float) -> None:
+    def __init__(self, place: Place, load: str, link_rate: float, socket: Path | None = None) -> None:
         self._path = place.folder / "trace"
         self._process = Watched("load", [
-            sys.executable, "-m", "tools.benchmarks.load", str(place.guest), load, "--link", str(link_rate),
-            "--trace", str(self._path)], place.deadline_s)
+            sys.executable, "-m", "tools.benchmarks.load", str(socket or place.guest), load,
+            "--link", str(link_rate), "--trace", str(self._path)], place.deadline_s)
         self._stopped = False
         try:
             self._line()
@@ -87,7 +87,8 @@ def prepared(kind: type[Copier], source: Path, limit_s: float, link: Link | None
     folder = Path(tempfile.mkdtemp(prefix="run-", dir=source.parent))
     place = Place(folder, source, folder / "target.img", time.monotonic() + limit_s, encrypted=encrypted)
     if link is not None:
-        place = replace(place, host=TARGET_HOST, at_source=link.at(link.source), at_target=link.at(link.target))
+        place = replace(place, host=TARGET_HOST, source_host=SOURCE_HOST, at_source=link.at(link.source),
+                        at_target=link.at(link.target))
     disks.make_empty(place.target, source.stat().st_size)
     copier = kind(place)
     try:
