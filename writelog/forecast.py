@@ -7,6 +7,7 @@ again, and so on, until what is left fits into the pause, or a sweep leaves no l
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
@@ -26,6 +27,13 @@ class Forecast:
     total_s: float
     pause_s: float
     converges: bool
+
+
+def together(disks: Iterable[tuple[Spread, float]]) -> Spread:
+    """Of several disks, each with what a touch of its chunks writes: of touches that write whole chunks."""
+    groups = [(chunks, rate * touch_bytes / CHUNK_BYTES) for spread, touch_bytes in disks
+              for chunks, rate in spread.groups]
+    return Spread(sorted(groups, key=lambda group: group[1]))
 
 
 def forecast(first_bytes: int, spread: Spread, touch_bytes: float, send_rate: float, fixed_s: float,

@@ -213,6 +213,8 @@ def converges_s(bytes_after: Callable[[float], float], left_bytes: float, send_r
                 downtime_s: float) -> float:
     """How long it takes until what is left of `left_bytes` fits into a pause, if a sweep of t seconds leaves
     `bytes_after(t)`; infinite if the sweeps get nowhere before."""
+    if fixed_s >= downtime_s:
+        return math.inf
     elapsed_s = 0.0
     while left_bytes / send_rate + fixed_s > downtime_s:
         sweep_s = left_bytes / send_rate

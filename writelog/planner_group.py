@@ -74,6 +74,8 @@ class GroupPlanner:
         """The group's last one."""
         self._lock = lock or nullcontext()
         self._steps = 0
+        self._looks = 0
+        """Since the last step: the next one comes when each disk has looked."""
         self._escalated_s = -math.inf
         self._sent = Meter(RATE_WINDOW_S)
         self._busy_s = 0.0
@@ -117,6 +119,7 @@ class GroupPlanner:
             disk = self.disks[name]
             disk.outlook, disk.applied_bytes, disk.is_busy = outlook, applied_bytes, is_busy
             disk.spread, disk.touch_bytes = spread, touch_bytes
+            self._looks += 1
             self._measure(now_s)
             self.outlook = self._together(now_s, outlook)
             return self.outlook
@@ -177,7 +180,7 @@ class GroupPlanner:
         with self._lock:
             decision = decide(outlook, self.limits)
             disk = self.disks[name]
-            if decision.action == Action.ESCALATE:
+            if decision.action == Action.ESCALATE and self._looks >= len(self.disks):
                 assert outlook.send_rate is not None and self._sampled_s is not None
                 self._step(outlook.send_rate)
                 self._escalated_s = self._sampled_s
@@ -210,6 +213,7 @@ class GroupPlanner:
 
     def _step(self, send_rate: float) -> None:
         self._steps += 1
+        self._looks = 0
         if self._may_send_more:
             assert self.rate is not None and self.limits.max_rate is not None
             self.rate = min(self.rate * RATE_STEP, self.limits.max_rate)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from array import array
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from random import Random
@@ -21,7 +21,8 @@ from writelog.backlog import Backlog, Runs, chunk_runs
 from writelog.bitmap import SECTOR_BYTES, Bitmap, bitmap_bytes
 from writelog.dirtymap import DirtyMap, Lease, Wanted
 from writelog.plan import Action, Limits
-from writelog.planner import Planner, Seen
+from writelog.planner import ALONE, Planner, Seen
+from writelog.planner_group import GroupPlanner
 
 BLOCK_BYTES: Final = 4096
 PIECE_BYTES: Final = 512 << 10
@@ -173,10 +174,32 @@ class _Piece:
         return (self.stop - self.first) * BLOCK_BYTES
 
 
-class Simulation:
-    """One run. `by_heat` False sends in address order; `backlog` in any other."""
+class Wire:
+    """What the disks of a guest are sent over: a link, and the cap on it."""
 
-    def __init__(self, scene: Scene, limits: Limits, by_heat: bool = True, backlog: Backlog | None = None) -> None:
+    def __init__(self, rate: float, cap: float | None) -> None:
+        self.free_s = 0.0
+        """When all that was put on it has gone."""
+        self.cap = Bucket(cap, 0.0) if cap else None
+        self._rate = rate
+
+    def is_shut(self, now_s: float) -> bool:
+        return self.cap is not None and self.cap.wait_s(now_s) > 0
+
+    def send(self, now_s: float, length: int) -> float:
+        """When so much has arrived."""
+        self.free_s = max(self.free_s, now_s) + length / self._rate
+        if self.cap is not None:
+            self.cap.take(length)
+        return self.free_s
+
+
+class Simulation:
+    """One run. `by_heat` False sends in address order; `backlog` in any other. `wire` and `group` are shared with
+    the other disks of a guest, of which this one is called `name`."""
+
+    def __init__(self, scene: Scene, limits: Limits, by_heat: bool = True, backlog: Backlog | None = None,
+                 wire: Wire | None = None, group: GroupPlanner | None = None, name: str = ALONE) -> None:
         self.outcome = Outcome()
         self.now_s = 0.0
         self._scene = scene
@@ -192,13 +215,12 @@ class Simulation:
         self.backlog = backlog or Backlog(scene.size_bytes, by_heat)
         self.backlog.add_all()
         self.backlog.sort()
-        self.planner = Planner(limits, self.backlog, 0.0)
+        self.planner = Planner(limits, self.backlog, 0.0, group, name)
+        self._wire = wire or Wire(scene.link_rate, limits.rate)
         self.planner.greeted(scene.round_trip_s)
         self._todo: deque[_Piece] = deque()
         self._sent: deque[_Piece] = deque()
         self._portions: deque[_Portion] = deque()
-        self._link_free_s = 0.0
-        self._cap: Bucket | None = Bucket(limits.rate, 0.0) if limits.rate else None
         self._throttle: Bucket | None = None
         self._delayed: deque[tuple[int, int]] = deque()
         self._todo_bytes = self._unacked_bytes = self._applied_bytes = self._committed_bytes = 0
@@ -206,21 +228,22 @@ class Simulation:
         self._unsent = self.map.dirty.bits.copy()
         self._unsent_blocks = blocks
         self._asked_s = self._looked_s = 0.0
+        self.is_ready = False
+        """To switch, as the last look had it."""
 
     def run(self) -> Outcome:
         """To its end."""
-        while self.now_s < LONGEST_S:
-            self.now_s += TICK_S
-            self._guest()
-            self._hear()
-            self._take_more()
-            self._feed()
-            if self.now_s - self._looked_s >= LOOK_S and self._decide():
-                break
-        else:
-            self.outcome.reason = f"not done after {LONGEST_S:g} s"
-        self.outcome.elapsed_s = self.now_s
-        return self.outcome
+        return run_together([self])[0]
+
+    def tick(self) -> None:
+        """A moment of a guest that runs. It may end with a reason, or ready to switch."""
+        self.now_s += TICK_S
+        self._guest()
+        self._hear()
+        self._take_more()
+        self._feed()
+        if self.now_s - self._looked_s >= LOOK_S:
+            self._decide()
 
     # The guest
 
@@ -279,7 +302,7 @@ class Simulation:
     def _feed(self) -> None:
         window_bytes = self.planner.window_bytes
         while self._todo and self._unacked_bytes < window_bytes:
-            if self._cap is not None and self._cap.wait_s(self.now_s):
+            if self._wire.is_shut(self.now_s):
                 return
             self._send(self._todo.popleft())
 
@@ -287,11 +310,7 @@ class Simulation:
         """Read it now, and put it on the link."""
         piece.versions = self._disk[piece.first : piece.stop]
         piece.sent_s = self.now_s
-        start_s = max(self._link_free_s, self.now_s)
-        self._link_free_s = start_s + piece.length / self._scene.link_rate
-        piece.applied_s = self._link_free_s + self._scene.round_trip_s / 2
-        if self._cap is not None:
-            self._cap.take(piece.length)
+        piece.applied_s = self._wire.send(self.now_s, piece.length) + self._scene.round_trip_s / 2
         self._todo_bytes -= piece.length
         self._unacked_bytes += piece.length
         self._sent.append(piece)
@@ -342,8 +361,7 @@ class Simulation:
                            self.planner.outlook.send_rate)
         self._touched.bits.setall(0)
 
-    def _decide(self) -> bool:
-        """Look; True at the end."""
+    def _decide(self) -> None:
         if self.now_s - self._asked_s >= self.backlog.sample_s:
             self._ask()
         self._looked_s = self.now_s
@@ -354,40 +372,63 @@ class Simulation:
             committed_bytes=self._committed_bytes, written_bytes=self._written_bytes,
             first_pass_done=not self._unsent_blocks, flush_s=self._scene.flush_s, flush_bytes=1))
         decision = self.planner.decide()
-        if decision.action == Action.SWITCH:
-            self._switch()
-            return True
+        self.is_ready = decision.action == Action.SWITCH
         if decision.action == Action.GIVE_UP:
             self.outcome.reason = decision.reason
-            return True
         if decision.action == Action.ESCALATE:
             self._escalate()
-        return False
 
     def _escalate(self) -> None:
         rate, throttle = self.planner.group.rate, self.planner.throttle
         self.outcome.steps.append(f"{self.now_s:.1f} s: {self.planner.group.measures()}")
-        if rate is not None and self._cap is not None:
-            self._cap.set_rate(rate, self.now_s)
+        if rate is not None and self._wire.cap is not None:
+            self._wire.cap.set_rate(rate, self.now_s)
         if throttle is not None:
             if self._throttle is None:
                 self._throttle = Bucket(throttle, self.now_s)
             self._throttle.set_rate(throttle, self.now_s)
 
-    def _switch(self) -> None:
-        """The guest stands still: send the rest, flush, compare."""
-        outcome = self.outcome
-        outcome.predicted_pause_s = self.planner.outlook.pause_s
-        start_s = self.now_s
-        while True:
+    def pause(self) -> None:
+        """The guest stands still: there is only the rest to be sent."""
+        self.outcome.predicted_pause_s = self.planner.prospect.pause_s
+        self._take(None)
+
+    def drain(self) -> bool:
+        """A moment of a pause; False when nothing is left to be sent, nor confirmed."""
+        self.now_s += TICK_S / 5
+        while self._todo and not self._wire.is_shut(self.now_s):
+            self._send(self._todo.popleft())
+        self._hear()
+        if not self._portions and self.map.dirty.bits.any():
             self._take(None)
-            while self._portions:
-                self.now_s += TICK_S / 5
-                while self._todo and not (self._cap is not None and self._cap.wait_s(self.now_s)):
-                    self._send(self._todo.popleft())
-                self._hear()
-            if not self.map.dirty.bits.any():
-                break
-        outcome.switched = True
-        outcome.pause_s = self.now_s - start_s + self.planner.outlook.round_trip_s
-        outcome.equal = self._disk == self._replica
+        return bool(self._portions)
+
+    def end(self, paused_s: float) -> None:
+        """With the pause, or without one if it gives up."""
+        self.outcome.elapsed_s = self.now_s
+        if not self.outcome.reason:
+            self.outcome.switched = True
+            self.outcome.pause_s = paused_s + self.planner.outlook.round_trip_s
+            self.outcome.equal = self._disk == self._replica
+
+
+def run_together(disks: Sequence[Simulation]) -> list[Outcome]:
+    """The disks of a guest to their end, with one switch-over."""
+    while not all(disk.is_ready for disk in disks):
+        for disk in disks:
+            disk.tick()
+        if disks[0].now_s >= LONGEST_S:
+            disks[0].outcome.reason = f"not done after {LONGEST_S:g} s"
+        if reason := next((disk.outcome.reason for disk in disks if disk.outcome.reason), ""):
+            for disk in disks:
+                disk.outcome.reason = reason
+            break
+    start_s = disks[0].now_s
+    if not disks[0].outcome.reason:
+        for disk in disks:
+            disk.pause()
+        while sum(disk.drain() for disk in disks):
+            pass
+    for disk in disks:
+        disk.end(disk.now_s - start_s)
+    return [disk.outcome for disk in disks]

@@ -53,7 +53,7 @@ def ask(path: Path, op: str, timeout_s: float | None, **params: Any) -> dict[str
 def parse_arguments(op: str, arguments: Sequence[str], rate: Callable[[str], float],
                     floor: Callable[[str], float], downtime: Callable[[str], float]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=f"writelog-sync {op}", description=f"Of a sync that runs: {HELP[op]}.")
-    parser.add_argument("disk", metavar="DISK")
+    parser.add_argument("disk", metavar="DISK", help="name of the disk, or of one of several with one sync")
     parser.add_argument("--run-dir", type=Path, metavar="DIR", help="where the tapdisk's control socket is")
     parser.add_argument("--log", metavar="NAME", help="the sync of this write log, if the disk has several")
     parser.add_argument("--json", action="store_true", help="the answer as one JSON object")

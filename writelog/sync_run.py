@@ -304,7 +304,7 @@ class Sync:
             raise Interrupted
         watch = self._switch_over.watch
         if watch is None:
-            self._source.keep_hold()
+            self._keep_hold()
         paused_s = time.monotonic() - watch.start_s if watch is not None else None
         if paused_s is None and self._wishes.limits.max_time_s is None:
             return
@@ -314,6 +314,15 @@ class Sync:
             raise ReplicationError(decision.reason, hint=decision.hint)
         if decision.action == Action.RESUME:
             raise PauseTooLong(decision.reason)
+
+    def _keep_hold(self) -> None:
+        """PauseTooLong if the guest has gone on without being told to: this process was stopped, perhaps."""
+        try:
+            self._source.keep_hold()
+        except ControlError as error:
+            if error.errno != errno.ETIMEDOUT:
+                raise
+            raise PauseTooLong(error.message) from error
 
     # Copying
 

@@ -15,6 +15,7 @@ handed over; what is in there by then is kept small by an epoch before that.
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
 import time
 from typing import Final
@@ -26,7 +27,7 @@ from writelog.sync_gate import Gate, Step
 from writelog.sync_hooks import Hooks
 from writelog.sync_link import LinkLost
 from writelog.sync_report import SWITCHING, Report, Reporter
-from writelog.sync_stop import BrokenOff, Stopwatch
+from writelog.sync_stop import BrokenOff, PauseTooLong, Stopwatch
 from writelog.sync_talk import SETTLE_S, Talk
 from writelog.wire import (
     Ack,
@@ -126,6 +127,7 @@ class SwitchOver:
             watch.lap("verify")
         self._gate.reach(Step.CONFIRMED)
         self._talk.pump_until(lambda: self._gate.may(Step.HANDED_OVER))
+        self._talk.guard()
         if self._keep_running:
             self._keep(watch)
             source.resume()
@@ -216,7 +218,8 @@ class SwitchOver:
         self._report.verified = True
 
     def _hand_over(self) -> None:
-        """As `Source.hand_over`. Who wants it broken off waits until it is known what is to be taken back."""
+        """As `Source.hand_over`. Who wants it broken off waits until it is known what is to be taken back.
+        BrokenOff, too, if the guest has gone on by itself."""
         reasons: list[BrokenOff] = []
 
         def wait() -> None:
@@ -225,7 +228,13 @@ class SwitchOver:
             except BrokenOff as reason:
                 reasons.append(reason)
 
-        self._talk.copier.source.hand_over(self._talk.peer.endpoint, wait)
+        try:
+            self._talk.copier.source.hand_over(self._talk.peer.endpoint, wait)
+        except ReplicationError as error:
+            if error.errno == errno.ETIMEDOUT:
+                reasons.append(PauseTooLong(error.message))
+            else:
+                raise
         if reasons:
             raise reasons[0]
 

@@ -99,8 +99,11 @@ class Together:
         """One step further, or back, if it is time; else wait a moment."""
         gates = self._gates
         allowed = gates.allowed
-        if gates.aborted is not None or allowed is self._last_step:
-            self._wait(POLL_S if gates.aborted is not None else PAUSED_POLL_S)
+        if gates.aborted is not None:
+            self._wait(POLL_S)
+        elif allowed is self._last_step:
+            self._check_kept()
+            self._wait(PAUSED_POLL_S)
         elif allowed is Step.READY:
             if not (self._may_begin() and gates.have(Step.READY) and self._begin()):
                 self._wait(POLL_S)
@@ -111,6 +114,15 @@ class Together:
                 self._reporter.state(CONVERGING, str(reason))
         elif gates.wait(allowed, PAUSED_POLL_S):
             self._allow(Step(allowed + 1))
+
+    def _check_kept(self) -> None:
+        """Copies of disks that stay here are to be of one moment: who has to begin anew would have another."""
+        for name, gate in self._gates.gates.items():
+            if gate.reached < Step.READY and self._last_step is Step.HANDED_OVER:
+                self._failure = name, ReplicationError(
+                    "its replica was lost before it had kept its copy: those of the others are of another moment",
+                    hint="run the sync again")
+                self._gates.abort("the copies are not of one moment")
 
     def _wait(self, limit_s: float) -> None:
         """For something to happen."""

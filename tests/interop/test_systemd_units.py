@@ -12,7 +12,7 @@ import pytest
 from support import need
 
 from tapcore import tapdisk
-from writelog import replica
+from writelog import replica, sync
 
 UNITS = sorted((Path(__file__).parents[2] / "packaging" / "systemd").glob("*.service"))
 MAX_EXPOSURE = 20
@@ -37,7 +37,8 @@ def unit(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 def test_there_are_units() -> None:
-    assert [path.name for path in UNITS] == ["tapdisk@.service", "writelog-replica@.service"]
+    assert [path.name for path in UNITS] == ["tapdisk@.service", "writelog-replica@.service",
+                                                "writelog-sync@.service"]
 
 
 def test_systemd_takes_them(unit: Path) -> None:
@@ -55,8 +56,10 @@ def test_the_example_in_each_is_a_command_that_works(unit: Path) -> None:
     command = re.search(r"^ExecStart=(.*)$", text, re.MULTILINE)
     assert command
     words = shlex.split(command[1].replace("%i", "vm1").replace("$OPTIONS", values["OPTIONS"])
-                        .replace("${CHAIN}", shlex.quote(values["CHAIN"])))
-    if Path(words[0]).name == "tapdisk":
+                        .replace("${CHAIN}", shlex.quote(values.get("CHAIN", ""))))
+    if Path(words[0]).name == "writelog-sync":
+        assert list(sync.disks_of(sync.parse_arguments(words[1:]))) == ["vm1", "vm1-data"]
+    elif Path(words[0]).name == "tapdisk":
         words = [word if word != "/var/lib/writelog/base" else str(unit.parent) for word in words]
         assert tapdisk.parse_arguments(words[1:]).disks == [("vm1", values["CHAIN"])]
     else:

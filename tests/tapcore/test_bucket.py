@@ -40,3 +40,18 @@ def test_a_new_rate_counts_from_now_on() -> None:
     assert bucket.wait_s(0.0) == pytest.approx(1.0)
     bucket.set_rate(10, 0.5)
     assert bucket.wait_s(0.5) == pytest.approx(50.0)
+
+
+@pytest.mark.parametrize("takers", [1, 3, 8])
+@pytest.mark.parametrize("amount", [4096, 512 << 10])
+def test_the_rate_holds_for_all_who_share_it(takers: int, amount: int) -> None:
+    """They find it open at the same moment, and none knows of the others; over its clock they keep to the rate."""
+    bucket = Bucket(40e6, 0.0)
+    now_s, passed = 0.0, 0
+    while now_s < 20:
+        if not bucket.wait_s(now_s):
+            for _ in range(takers):
+                bucket.take(amount)
+                passed += amount
+        now_s += max(bucket.wait_s(now_s), 1e-5)
+    assert passed / now_s == pytest.approx(40e6, rel=0.02)

@@ -14,10 +14,11 @@ from sync_rig import SIZE_BYTES, Rig
 from tapcore.driver import Env
 from writelog import sync
 from writelog.dirtymap import CHUNK_BYTES
-from writelog.forecast import forecast
+from writelog.forecast import forecast, together
 from writelog.heat import Spread
 from writelog.plan import Limits
-from writelog.simulate import BLOCK_BYTES, Scattered, Scene, Simulation
+from writelog.planner_group import GroupPlanner
+from writelog.simulate import BLOCK_BYTES, Scattered, Scene, Simulation, Wire, run_together
 
 MIB = 1 << 20
 LINK = 14.0 * MIB
@@ -43,6 +44,32 @@ def test_it_foretells_what_the_simulator_finds(share: float, converges: bool) ->
     if converges:
         assert found.total_s == pytest.approx(outcome.elapsed_s, rel=0.25)
         assert found.pause_s <= 0.3
+
+
+@pytest.mark.parametrize(("disks", "converges"), [(2, True), (6, False)])
+def test_disks_together_are_forecast_as_the_simulator_finds_them(disks: int, converges: bool) -> None:
+    """Each writes a fifth of the link's rate, scattered over a quarter of its own."""
+    rate, chunks = 0.2 * LINK, CHUNKS // 4
+    hot, size_bytes = chunks // 4, chunks * CHUNK_BYTES
+    spread = Spread([(hot, rate / BLOCK_BYTES / hot), (chunks - hot, 0.0)])
+    found = forecast(disks * size_bytes, together([(spread, BLOCK_BYTES)] * disks), CHUNK_BYTES, LINK, 0.05, 0.3)
+    limits = Limits(may_throttle=False, patience_s=5)
+    wire, group = Wire(LINK, None), GroupPlanner(limits, [str(number) for number in range(disks)])
+    outcomes = run_together([
+        Simulation(Scene(size_bytes, LINK, Scattered(size_bytes // 4 // BLOCK_BYTES, rate, number)), limits,
+                   wire=wire, group=group, name=str(number)) for number in range(disks)])
+    assert found.converges == outcomes[0].switched == converges
+    if converges:
+        assert found.total_s == pytest.approx(outcomes[0].elapsed_s, rel=0.25)
+
+
+def test_touches_of_several_disks_are_of_whole_chunks() -> None:
+    first, second = Spread([(10, 8.0), (20, 2.0)]), Spread([(5, 1.0)])
+    both = together([(first, CHUNK_BYTES / 4), (second, CHUNK_BYTES)])
+    assert both.groups == [(20, 0.5), (5, 1.0), (10, 2.0)]
+    for elapsed_s in (0.1, 1.0, 10.0):
+        assert both.bytes_after(elapsed_s, CHUNK_BYTES) == pytest.approx(
+            first.bytes_after(elapsed_s, CHUNK_BYTES / 4) + second.bytes_after(elapsed_s, CHUNK_BYTES))
 
 
 def test_a_longer_pause_makes_it_converge() -> None:

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from random import Random
@@ -30,6 +30,7 @@ NAMES = ("vm1", "vm1-data", "vm1-log")
 SIZE_BYTES = 4 << 20
 SLOT_BYTES = 4096
 SLOTS = 64
+DATA_BYTES = 2 << 20
 """Where the guest writes, on each disk."""
 WAIT_S = 30.0
 STEP_S = 0.02
@@ -38,6 +39,24 @@ import sys
 import killed_at
 from writelog import sync
 killed_at.arm(sys.argv.pop(1))
+sys.exit(sync.main())
+"""
+SHORT_HOLD = """
+import sys
+from writelog import sync, sync_source
+sync_source.HOLD_MARGIN_S = 0.2
+sys.exit(sync.main())
+"""
+LATE = """
+import sys, threading
+from writelog import sync
+from writelog.sync_source import Source
+pause = Source.pause
+def late(source, timeout_s):
+    if source.name == {name!r}:
+        threading.Event().wait(0.2)
+    pause(source, timeout_s)
+Source.pause = late
 sys.exit(sync.main())
 """
 Serve = Callable[..., Tapdisk]
@@ -97,7 +116,8 @@ class Group:
         self.processes: list[subprocess.Popen[bytes]] = []
         for number, name in enumerate(NAMES):
             image = self.image(name)
-            image.write_bytes(bytes(SLOTS * SLOT_BYTES) + Random(number).randbytes(SIZE_BYTES // 2))
+            written = bytes(SLOTS * SLOT_BYTES)
+            image.write_bytes(written + Random(number).randbytes(DATA_BYTES - len(written)))
             os.truncate(image, SIZE_BYTES)
             with self.copy(name).open("wb") as file:
                 file.truncate(SIZE_BYTES)
@@ -127,9 +147,11 @@ class Group:
         disks = [f"--disk={name}={endpoint}" for name, (_, endpoint) in self.replicas.items()]
         return ["--insecure-loopback-only", "--run-dir", str(self.run_dir), "--peer-timeout=2", *disks, *options]
 
-    def start(self, *options: str, killed_at: str | None = None) -> subprocess.Popen[bytes]:
+    def start(self, *options: str, killed_at: str | None = None,
+              program: Sequence[str] = ("-m", "writelog.sync")) -> subprocess.Popen[bytes]:
         """writelog-sync in a process of its own; with `killed_at` it is killed at a place in the code."""
-        program = ["-m", "writelog.sync"] if killed_at is None else ["-c", KILLED_AT, killed_at]
+        if killed_at is not None:
+            program = ["-c", KILLED_AT, killed_at]
         process = subprocess.Popen(
             [sys.executable, *program, *self.arguments("--json", *options)], stdout=subprocess.PIPE,
             stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[1])})
@@ -203,9 +225,10 @@ def finished(process: subprocess.Popen[bytes]) -> tuple[int, dict[str, Any], str
 
 
 def test_switched_together_under_load(group: Group) -> None:
-    code, report, err = finished(group.start())
+    code, report, err = finished(group.start("--verify"))
     assert code == 0, err
     assert report["handed_over"] and list(report["disks"]) == list(NAMES)
+    assert all(disk["verified"] for disk in report["disks"].values())
     assert list(report["pause_parts_s"]) == ["wake", "quiesce", "send", "flush", "hand over", "promote"]
     group.is_there()
 
@@ -243,6 +266,17 @@ def test_steered_as_one(group: Group, capsys: pytest.CaptureFixture[str]) -> Non
     group.is_there()
     os.waitpid(pid, 0)
     assert not list(group.run_dir.glob("sync:*.ctl"))
+
+
+def test_they_are_forecast_together(group: Group, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["plan", *group.arguments("--rate", "100M", "--for", "0.6", "--json")]
+    assert sync.main(options) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [disk["disk"] for disk in found["disks"]] == list(NAMES)
+    assert all(disk["write_rate"] > 0 and disk["target"]["problem"] is None for disk in found["disks"])
+    assert "resync" not in found and found["full"]["converges"]
+    assert found["full"]["first_bytes"] == len(NAMES) * DATA_BYTES
+    group.is_here()
 
 
 BEFORE_THE_PROMOTION = [
@@ -320,6 +354,34 @@ def test_a_pause_that_is_too_long_is_broken_off_for_all(group: Group) -> None:
     group.is_there()
 
 
+def test_stopped_in_the_pause(group: Group) -> None:
+    """The guest goes on without the sync; that finds it out when it is continued, and switches over later."""
+    run = group.start("--downtime", "5", "--max-pause", "1", "--peer-timeout", str(WAIT_S),
+                      "--before-switch", str(stopper(group, NAMES[1])), program=["-c", SHORT_HOLD])
+    group.in_state(run, SWITCHING)
+    run.send_signal(signal.SIGSTOP)
+    assert group.guest.goes_on()
+    group.replicas[NAMES[1]][0].send_signal(signal.SIGCONT)
+    run.send_signal(signal.SIGCONT)
+    code, _, err = finished(run)
+    assert code == 0, err
+    group.is_there()
+
+
+def test_a_tapdisk_is_killed_and_served_again(group: Group, serve: Serve) -> None:
+    """The other disks wait for it, in sync."""
+    run = group.start("--hold")
+    group.in_state(run, IN_SYNC)
+    group.tapdisks[1].kill()
+    group.in_state(run, STALLED)
+    group.ask("switch")
+    serve(f"log:{NAMES[1]}|aio:{group.image(NAMES[1])}", "--name", NAMES[1])
+    code, _, err = finished(run)
+    assert code == 0, err
+    for name in NAMES:
+        assert group.info(name)["fenced"] and group.copy(name).read_bytes() == group.image(name).read_bytes()
+
+
 def test_cancelled_in_the_pause(group: Group) -> None:
     run = group.start("--downtime", "5", "--before-switch", str(stopper(group, NAMES[0])))
     group.in_state(run, SWITCHING)
@@ -352,11 +414,18 @@ def test_a_disk_that_fails_for_good_ends_all(group: Group) -> None:
     group.is_here()
 
 
-def test_copies_of_one_moment(group: Group) -> None:
-    """The disks stay here; their copies were confirmed while all stood still."""
-    code, report, err = finished(group.start("--keep-running", "--verify"))
+def test_a_hook_that_fails_ends_all(group: Group) -> None:
+    code, _, err = finished(group.start("--before-switch", "/bin/false"))
+    assert code == 1 and "the hook before the switch-over ended with 1; the guest goes on here" in err, err
+    group.is_here()
+
+
+@pytest.mark.parametrize("late", [NAMES[0], NAMES[-1]])
+def test_copies_of_one_moment(group: Group, late: str) -> None:
+    """The disks stay here; their copies were confirmed while all stood still, though one was paused later."""
+    program = ["-c", LATE.format(name=late)]
+    code, report, err = finished(group.start("--keep-running", "--downtime=5", program=program))
     assert code == 0 and not report["handed_over"], err
-    assert all(disk["verified"] for disk in report["disks"].values())
     group.is_here()
     group.check_copies()
     assert last_number(group.copy(NAMES[0])) > 0
