@@ -119,9 +119,7 @@ def _promote(loop: Loop, copy: Copy, force: bool) -> None:
     if not (state.is_consistent or force):
         raise ImageError(describe(state), path=str(copy.record),
                          hint="--force promotes it all the same: no file system may be whole on it")
-    dropped_bytes = copy.journal_bytes
-    copy.forget_journal()
-    copy.promoted()
+    dropped_bytes = copy.part()
     print(f"promoted: {describe(state)}")
     if dropped_bytes:
         print(f"left out: {size_text(dropped_bytes)} that came since, and are no disk of one instant")

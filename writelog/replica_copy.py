@@ -27,6 +27,7 @@ from typing import Final
 
 from tapcore.driver import Driver, Env
 from tapcore.errors import ReplicationError, WritelogError, image_error
+from writelog.generations import new_id
 from writelog.replica_apply import Applier
 from writelog.replica_redo import Redo, Replay
 from writelog.replica_redofile import HEADER, Commit, RedoFile
@@ -235,9 +236,13 @@ class Copy:
         self._store.store(replace(self.state, promoted=True))
         self._drop_journal()
 
-    def forget_journal(self) -> None:
-        """The copy is to be that of the last epoch: what came since is dropped. WritelogError."""
+    def part(self) -> int:
+        """The disk goes on here, as of the last epoch, under a new name: no log knows what it lacks. Returns how
+        much was received since, which is left out. WritelogError if that cannot be recorded."""
+        left_out_bytes = self.journal_bytes
+        self._store.store(replace(self.state.renamed(new_id(), self.state.disk), promoted=True))
         self._drop_journal()
+        return left_out_bytes
 
     # The journal
 

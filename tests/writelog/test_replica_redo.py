@@ -406,6 +406,23 @@ def test_an_image_that_cannot_be_written_leaves_the_journal_until_it_can(rig: Ri
     assert (rig.copy.state.epoch, rig.copy.state.at_ms, rig.copy.journal_bytes) == (2, 5, 0)
 
 
+def test_a_promotion_without_the_primary_drops_the_journal_last(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was acknowledged: who resumes the copy under its old name must not be told that it is there."""
+    rig.apply(0, b"a" * 512, 512)
+    assert rig.flush() == 0
+    monkeypatch.setattr(rig.copy, "_drop_journal", lambda: None)
+    assert rig.copy.part() > 512
+    other = again(rig)
+    other.recover()
+    assert not other.redo.exists()
+    state = other.copy.state
+    assert state.promoted and state.base != 7 and state.history == (7,)
+    assert other.read() == b"\xee" * SIZE_BYTES
+    other.close()
+
+
 def test_a_journal_that_is_damaged_is_told_and_not_applied_further(rig: Rig, tmp_path: Path) -> None:
     rig.apply(0, b"a" * 512, 512)
     assert rig.flush() == 0
