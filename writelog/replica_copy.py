@@ -90,18 +90,26 @@ class Copy:
 
     def recover(self, done: Done) -> None:
         """Once, before anything else: make good for whatever ended the last process."""
-        if self._journal is None or not self._journal.exists():
+        if self._journal is None:
             done(None)
             return
         try:
             file = RedoFile.open(self._journal)
-            if file is None or file.epoch != self.state.epoch or self.state.promoted:
-                if file is not None:
-                    file.remove()
-                done(None)
-                return
+            if file is None:
+                self._miss_journal()
+            elif self.state.promoted or (file.epoch != self.state.epoch and not self.state.is_consistent):
+                file.remove()
+                file = None
+            elif file.epoch != self.state.epoch:  # it was applied, or is of before
+                file.reset(self.state.epoch)
         except WritelogError as error:
             done(error)
+            return
+        except OSError as error:
+            done(image_error(error, str(self._journal), "empty the redo journal"))
+            return
+        if file is None:
+            done(None)
             return
         self._use(file)
         self._must_replay = file.commit is not None or not self.state.is_consistent
@@ -110,6 +118,13 @@ class Copy:
             return
         logger.warning("applying %d bytes of the redo journal", self.journal_bytes)
         self._replay_all(done)
+
+    def _miss_journal(self) -> None:
+        """If there was one, then what it held was acknowledged, and no log has it any more."""
+        if self.state.has_journal and not self.state.promoted:
+            logger.warning("%s is gone: the copy of disk %r cannot be brought up to date, unless by --overwrite",
+                           self._journal, self.state.disk)
+            self._store.state = replace(self.state, base=new_id(), has_journal=False)
 
     def begin(self, in_place: bool, resumed: bool, done: Done) -> None:
         """A sync is about to send. With `in_place` a consistent copy may be spoiled."""
@@ -137,6 +152,7 @@ class Copy:
                 self._redo.limit_bytes = self._limit(self._redo.file)
             elif self.state.is_consistent and self._journal is not None and not self._in_place:
                 self._use(RedoFile.create(self._journal, self.state.epoch))
+                self._store.store(replace(self.state, has_journal=True))
         except OSError as error:
             raise image_error(error, str(self._journal), "look at the redo journal") from error
 
@@ -233,14 +249,14 @@ class Copy:
         if self.journal_bytes:
             raise ReplicationError("the redo journal has extents that no EPOCH came for",
                                    hint="nothing was promoted")
-        self._store.store(replace(self.state, promoted=True))
+        self._store.store(replace(self.state, promoted=True, has_journal=False))
         self._drop_journal()
 
     def part(self) -> int:
         """The disk goes on here, as of the last epoch, under a new name: no log knows what it lacks. Returns how
         much was received since, which is left out. WritelogError if that cannot be recorded."""
         left_out_bytes = self.journal_bytes
-        self._store.store(replace(self.state.renamed(new_id(), self.state.disk), promoted=True))
+        self._store.store(replace(self.state.renamed(new_id(), self.state.disk), promoted=True, has_journal=False))
         self._drop_journal()
         return left_out_bytes
 
@@ -300,6 +316,7 @@ class Copy:
                     self._kept(self._redo.file.commit)
                     self._empty()
                 else:
+                    self._store.store(replace(self.state, has_journal=False))
                     self._drop_journal()
                 self._must_replay = False
             except WritelogError as failure:

@@ -67,6 +67,8 @@ class State:
     is_consistent: bool = False
     epoch: int = 0
     at_ms: int = 0
+    has_journal: bool = False
+    """What was acknowledged may be there alone."""
 
     def renamed(self, base: int, disk: str) -> State:
         """The copy is called `base` from now on, its disk `disk`."""
@@ -182,7 +184,7 @@ def read_record(path: Path) -> tuple[State, str, int] | None:
         found = json.loads(text)
         history = tuple(int(name, 16) for name in found["history"])
         state = State(int(found["base"], 16), found["disk"], found["promoted"], history[:MAX_HISTORY],
-                      found["is_consistent"], found["epoch"], found["at_ms"])
+                      found["is_consistent"], found["epoch"], found["at_ms"], found["has_journal"])
         if not _makes_sense(state):
             raise ValueError
         return state, str(found["image"]), int(found["size_bytes"])
@@ -193,7 +195,8 @@ def read_record(path: Path) -> tuple[State, str, int] | None:
 
 def _makes_sense(state: State) -> bool:
     return (0 <= state.base <= MAX_BASE and isinstance(state.disk, str) and type(state.promoted) is bool
-            and type(state.is_consistent) is bool and type(state.epoch) is int and state.epoch >= 0
+            and type(state.is_consistent) is bool and type(state.has_journal) is bool
+            and type(state.epoch) is int and state.epoch >= 0
             and type(state.at_ms) is int and 0 <= state.at_ms <= MAX_AT_MS)
 
 
