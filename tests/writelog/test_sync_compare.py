@@ -207,3 +207,26 @@ def test_where_nothing_is_equal_it_stops_comparing(rig: Rig, script: Script, con
     assert kinds.count(Probe) <= SIZE_BYTES // (512 << 10) + 1
     assert {Data, Zero} <= set(kinds) and Packed not in kinds
     assert script.memory == content
+
+
+def test_blocks_written_here_and_there_move_alone(
+    rig: Rig, tmp_path: Path, content: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One in twenty: more than half of all 64 KiB have one."""
+    random = Random(7)
+    places = random.sample(range(0, SIZE_BYTES * 3 // 4, LEAF_BYTES), SIZE_BYTES * 3 // 4 // LEAF_BYTES // 20)
+    copy = old_copy(tmp_path / "copy.img", content, places)
+    assert rig.sync(*COMPARE, rig.replica(f"aio:{copy}")) == 0
+    assert events(capsys.readouterr().out)[-1]["sent_bytes"] <= 3 * LEAF_BYTES * len(places)
+    assert copy.read_bytes() == content
+
+
+def test_where_leaves_are_all_others_they_are_not_compared() -> None:
+    comparison = Comparison()
+    half = [(0, 256 << 10)]
+    closer = 0
+    for _ in range(1000):
+        if comparison.learn(512 << 10, GRAIN_BYTES, half):
+            closer += 1
+            assert comparison.learn(256 << 10, LEAF_BYTES, half) == 0
+    assert closer < 240 + 1000 // ONE_OF
