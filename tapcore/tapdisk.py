@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import re
 import signal
@@ -13,6 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Final
 
+from tapcore import logs
 from tapcore.errors import UsageError, WritelogError
 from tapcore.reach import VARIABLE, Reach, folders_of_environment, parse_folders
 from tapcore.rundir import default_run_dir
@@ -154,8 +154,7 @@ def _serve(options: argparse.Namespace, run_dir: Path, ready: Callable[[], None]
 
     handed_on = read(options.handed_on) if options.handed_on is not None else None
     tls = load_credentials(options.tls_creds) if options.tls_creds else None
-    logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING,
-                        format="%(asctime)s tapdisk: %(message)s")
+    logs.begin("%(asctime)s tapdisk: %(message)s", verbose=options.verbose)
     loop = Loop()
     workers = Workers(loop)
     folders = folders_of_environment() if options.backing_dirs is None else options.backing_dirs

@@ -31,6 +31,7 @@ tapcore.beside
 tapcore.bucket
 tapcore.durablefile
 tapcore.fence
+tapcore.logs
 tapcore.loop
 tapcore.merge
 tapcore.nbd.address

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
-import logging
 import os
 import signal
 import sys
@@ -14,6 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Final
 
+from tapcore import logs
 from tapcore.beside import beside
 from tapcore.chain import parse
 from tapcore.disk import Disk
@@ -340,8 +340,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments and arguments[0] in COMMANDS:
         return run_command(lambda: COMMANDS[arguments[0]](arguments[1:]), "writelog-replica")
     options = parse_arguments(arguments)
-    logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING,
-                        format="writelog-replica: %(message)s")
+    logs.begin("writelog-replica: %(message)s", verbose=options.verbose)
     return run_command(lambda: Replica(options).run(), "writelog-replica")
 
 

@@ -25,6 +25,7 @@ from tapcore.loop import Timer
 from tapcore.vbd import Vbd
 from writelog.keyring import Keys
 from writelog.replica_copy import Copy
+from writelog.replica_doorman import LOOK_INTERVAL_S, Doorman
 from writelog.replica_facts import room
 from writelog.replica_session import OPEN, WAITING, Session
 from writelog.replica_state import StateStore
@@ -99,7 +100,9 @@ class ReplicaServer:
         self._socket = self._context.socket(zmq.ROUTER)
         if keys is not None:
             serve_curve(self._socket, keys)
-        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED)
+        self._doorman: Doorman | None = None
+        self._look_timer: Timer | None = None
 
     def listen(self, endpoint: str) -> str:
         """Bind; returns the address with the port that was bound. UsageError if it cannot be."""
@@ -110,6 +113,9 @@ class ReplicaServer:
             raise UsageError(f"cannot listen on {endpoint}: {zmq.strerror(error.errno or 0)}",
                              errno=error.errno) from None
         self.endpoint = self._socket.get_string(zmq.LAST_ENDPOINT)
+        if self.endpoint.startswith("tcp://"):
+            self._doorman = Doorman(int(self.endpoint.rsplit(":", 1)[1]))
+            self._look_around()
         self._env.loop.add_reader(self._socket.fileno(), self._drain)
         self._env.loop.add_reader(self._monitor.fileno(), self._watch)
         self._wake()
@@ -119,6 +125,8 @@ class ReplicaServer:
         """Stop listening, then `done()` when the chain has nothing of this server in flight."""
         if self._session is not None:
             self._session.end()
+        if self._look_timer is not None:
+            self._look_timer.cancel()
         loop = self._env.loop
         for socket in (self._socket, self._monitor):
             loop.remove(socket.fileno())
@@ -190,18 +198,32 @@ class ReplicaServer:
         self._wake()
 
     def _watch(self) -> None:
-        """Notice connections that ended."""
+        """Notice connections that began or ended."""
         if self._socket.closed:
             return
-        for _, fd in monitor_events(self._monitor):
+        for event, fd in monitor_events(self._monitor):
+            if event == zmq.EVENT_ACCEPTED:
+                if self._doorman is not None:
+                    self._doorman.accepted(fd, self._fd)
+                continue
+            if self._doorman is not None:
+                self._doorman.closed(fd)
             if fd == self._fd:
                 self._disconnected()
+
+    def _look_around(self) -> None:
+        assert self._doorman is not None
+        self._doorman.look()
+        self._look_timer = self._env.loop.call_later(LOOK_INTERVAL_S, self._look_around)
 
     def _on_message(self, frames: list[zmq.Frame]) -> None:
         identity = frames[0].bytes
         contents = [frame.buffer for frame in frames[1:]]
         session = self._session
-        if session is not None and identity == self._identity:
+        is_of_session = session is not None and identity == self._identity
+        if self._doorman is not None:
+            self._doorman.heard(self._fd if is_of_session else int(frames[1].get(zmq.SRCFD)))
+        if session is not None and is_of_session:
             session.handle(contents)
             return
         try:

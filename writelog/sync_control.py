@@ -221,7 +221,7 @@ class ControlSocket:
         try:
             request = json.loads(line)
             op = request.pop("op", None) if isinstance(request, dict) else None
-        except ValueError:
+        except (ValueError, RecursionError):
             op, request = None, {}
         try:
             if op not in OPS or (request and op not in ("set", "verify")):

@@ -338,7 +338,7 @@ def decode(frames: Sequence[Buffer]) -> tuple[Message, Buffer | None]:
     if isinstance(message, Packed):
         if len(frames) != 2 or not 0 < len(frames[1]) <= MAX_DATA_BYTES:
             raise _damaged(f"PACKED came with {len(frames) - 1} payload frames, or one that is too long",
-                             message.offset)
+                           message.offset)
         return message, frames[1]
     if not isinstance(message, Data):
         if len(frames) != 1:
@@ -347,7 +347,7 @@ def decode(frames: Sequence[Buffer]) -> tuple[Message, Buffer | None]:
     if len(frames) != 2 or len(frames[1]) != message.length:
         sizes = [len(frame) for frame in frames[1:3]]
         raise _damaged(f"DATA of {message.length} bytes came with {len(frames) - 1} payload frames, of "
-                         f"{sizes} bytes", message.offset)
+                       f"{sizes} bytes", message.offset)
     return message, frames[1]
 
 
