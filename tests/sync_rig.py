@@ -200,14 +200,16 @@ class Script:
 class Rig:
     """The disk "vm1", `log:|CHAIN`, served by an engine in a thread, and a real replica on request."""
 
-    def __init__(self, env: Env, image: Path, chain: str = "log:{image}|aio:{path}") -> None:
+    def __init__(self, env: Env, image: Path, chain: str = "log:{image}|aio:{path}",
+                 **options: Any) -> None:
+        """`options` are the engine's."""
         self.env = env
         self.image = image
         if not image.exists():
             image.write_bytes(bytes(SIZE_BYTES))
         self._thread = LoopThread(env)
         self._closers: list[Callable[[], None]] = []
-        engine = Engine(env)
+        engine = Engine(env, **options)
         text = chain.format(image="", path=image)
         self._thread.call(lambda: (engine.listen(), engine.open(text, "vm1")))
         self.uri = f"nbd+unix:///vm1?socket={self.info()['nbd'][0].removeprefix('unix:')}"

@@ -32,7 +32,7 @@ from processes import Tapdisk, forget_logs, read_line
 
 from tapcore.control import PARAMS, ControlClient, find_disk
 from tapcore.control import socket_path as control_socket_path
-from tapcore.errors import ControlError
+from tapcore.errors import ControlError, WritelogError
 from writelog import wire
 from writelog.client import LogClient
 from writelog.control import COMMANDS, Message
@@ -133,7 +133,7 @@ def world(tmp_path: Path) -> Iterator[World]:
 def until(action: Callable[[], object]) -> None:
     """Until it works: a crowd of clients is still being shown out."""
     for _ in range(500):
-        with contextlib.suppress(ControlError, OSError):
+        with contextlib.suppress(WritelogError, OSError):
             action()
             return
         threading.Event().wait(0.02)
