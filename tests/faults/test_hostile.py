@@ -355,7 +355,7 @@ def test_the_replicas_port(world: World, pair: Pair) -> None:
                 peer.connect(pair.endpoint)
                 for _ in range(20):
                     headers = [wire.encode(message) for message in (
-                        wire.Hello(wire.VERSION, random.randbytes(16), SIZE_BYTES, "x", 5, 0, True),
+                        wire.Hello(wire.VERSION, random.randbytes(16), SIZE_BYTES, "x", 5, 0, True, False),
                         wire.Data(1, 0, 512, bytes(16)), wire.Barrier(1), wire.Promote(bytes(16)), wire.Release())]
                     frames = [*headers, random.randbytes(50), b"", wire.seal(random.randbytes(30))]
                     peer.send_multipart(random.choices(frames, k=random.randrange(1, 4)))
