@@ -108,6 +108,8 @@ class Driver:
     name: ClassVar[str] = ""
     is_filter: ClassVar[bool] = False
     registry: ClassVar[dict[str, type[Driver]]] = {}
+    keeps_tables: ClassVar[bool] = False
+    """Where data is in the image's file is in this process's memory, until a flush."""
 
     info: DiskInfo
     path: str | None = None

@@ -279,7 +279,8 @@ class Soak:
 
     def state(self) -> str:
         """What can be seen of the disk, and of what its guest waits for."""
-        seen: list[object] = [f"the guest waits for {self.guest.under_way}"]
+        waits_for = [f"{kind} of block {block}" for kind, block, _ in self.guest.under_way.values()]
+        seen: list[object] = [f"the guest waits for {waits_for}"]
         for op in ("info", "jobs", "stats"):
             try:
                 seen.append(self.here.call(op))
@@ -300,8 +301,15 @@ class Soak:
         wait_s = self.random.uniform(0, 0.3)
         self.here.call("pause")
         time.sleep(wait_s)
-        self.here.call("unpause")
-        return f"{wait_s:.2f} s"
+        deadline_s = time.monotonic() + LONG_S
+        while True:
+            try:
+                self.here.call("unpause")
+                return f"{wait_s:.2f} s"
+            except WritelogError:  # a sync holds it
+                if self.here.call("info")["fenced"] or time.monotonic() > deadline_s:
+                    raise
+            time.sleep(0.02)
 
     def snapshot(self) -> str:
         here = self.here

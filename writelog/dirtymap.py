@@ -21,6 +21,10 @@ The bits of leased blocks are in a second bitmap beside the dirty one, in the sa
 process: whoever attaches after a crash takes them for dirty. Each change sets the bit that keeps a block before it
 clears the other one.
 
+Where an image's tables are in the process's memory until a flush, its death takes back what was written since,
+also what a client has read and committed. So there the blocks that became clean are kept in another bitmap,
+`released`, until a flush that began later has ended; they are taken for dirty after a crash, too.
+
 All of it belongs to the loop's thread. Work on a big disk is done a *window* of blocks at a time: the views are
 byte-aligned (see `writelog.bitmap`), and a `peek` or `take` costs the loop a fraction of a millisecond.
 """
@@ -106,11 +110,16 @@ class Wanted:
 
 
 class DirtyMap:
-    """The state above over two bitmaps of the same disk. What `taken` holds at first is dirty."""
+    """The state above over bitmaps of the same disk. What `taken` and `released` hold at first is dirty."""
 
-    def __init__(self, dirty: Bitmap, taken: Bitmap) -> None:
+    def __init__(self, dirty: Bitmap, taken: Bitmap, released: Bitmap | None = None) -> None:
         self.dirty = dirty
         self.taken = taken
+        self.released = released
+        self.forgets_unflushed = False
+        """The death of this process takes back what was written since the last flush."""
+        self._unflushed = Lease(0)
+        """Released since the last flush began."""
         self.blocks = dirty.blocks
         self.sectors_per_block = dirty.granularity_bytes // SECTOR_BYTES
         self.sectors = dirty.size_bytes // SECTOR_BYTES
@@ -125,9 +134,10 @@ class DirtyMap:
         self.leases: dict[int, Lease] = {}
         self._touched: Bitmap | None = None
         self._last_lease_id = 0
-        if taken.bits.any():
-            dirty.bits |= taken.bits
-            taken.bits.setall(0)
+        for kept in (taken, released):
+            if kept is not None and kept.bits.any():
+                dirty.bits |= kept.bits
+                kept.bits.setall(0)
 
     def watch(self) -> Bitmap:
         """The chunks that are written to, from the first call on; the caller clears what it has seen."""
@@ -203,9 +213,37 @@ class DirtyMap:
     def commit(self, lease: Lease, first: int, stop: int) -> None:
         """Forget what `lease` holds of the blocks [first, stop): their data is safe with the client."""
         for base, mask in lease.remove(first, stop):
+            self._release(base, mask)
             taken = self.taken.view(base, base + len(mask))
             taken &= ~mask
             self.cleared(base, min(base + len(mask), self.blocks))
+
+    def _release(self, base: int, mask: bitarray) -> None:
+        if self.forgets_unflushed and self.released is not None and mask.any():
+            released = self.released.view(base, base + len(mask))
+            released |= mask
+            self._unflushed.add(base, mask)
+
+    def flush_begins(self) -> Lease | None:
+        """A flush is about to be queued: what it is to be given to `flush_ended`, or None."""
+        if not self._unflushed.windows:
+            return None
+        batch, self._unflushed = self._unflushed, Lease(0)
+        return batch
+
+    def flush_ended(self, batch: Lease, code: int) -> None:
+        """It has ended, with an errno or 0."""
+        assert self.released is not None
+        for base, mask in batch.remove(0, self.blocks):
+            if code:
+                self._unflushed.add(base, mask)
+                continue
+            released = self.released.view(base, base + len(mask))
+            later = self._unflushed.windows.get(base // WINDOW_BLOCKS)
+            released &= ~mask
+            if later is not None:
+                start = base % WINDOW_BLOCKS
+                released |= later[start : start + len(mask)] & mask
 
     def reclaim(self, lease: Lease, first: int, stop: int) -> None:
         """What `lease` holds of the blocks [first, stop) is dirty again."""
@@ -223,6 +261,8 @@ class DirtyMap:
     def clear(self) -> None:
         """Forget every dirty block that has no write in flight."""
         bits = self.dirty.bits
+        for low in range(0, self.blocks, WINDOW_BLOCKS) if self.forgets_unflushed else ():
+            self._release(low, bitarray(self.dirty.view(low, (min(low + WINDOW_BLOCKS, self.blocks) + 7) & ~7)))
         start = 0
         for first, after in sorted(self._blocks_in_flight()):
             if first > start:

@@ -62,7 +62,7 @@ HEADER = Layout(
     "magic:8s version:I granularity_bytes:I size_bytes:Q generation:Q identity:16s "
     "pairing:Q current:Q base:Q history:64s former:Q", size=144)
 MAGIC = b"writelog"
-VERSION = 2
+VERSION = 3
 
 
 class LogStore:
@@ -96,16 +96,17 @@ class LogStore:
         one_bytes = -(-bitmap_bytes(size_bytes, granularity_bytes) // PAGE_BYTES) * PAGE_BYTES
         self._fd, fresh = _open_locked(self.name)
         try:
-            self._prepare(PAGE_BYTES + 2 * one_bytes, fresh)
+            self._prepare(PAGE_BYTES + 3 * one_bytes, fresh)
             memory = memoryview(self._map)
             dirty = Bitmap(memory[PAGE_BYTES:], size_bytes, granularity_bytes)
             taken = Bitmap(memory[PAGE_BYTES + one_bytes :], size_bytes, granularity_bytes)
+            released = Bitmap(memory[PAGE_BYTES + 2 * one_bytes :], size_bytes, granularity_bytes)
             kept = self.generation != 0
             if not kept:
-                self._start(dirty, taken, fresh)
-            dirty.bits[dirty.blocks :] = 0
-            taken.bits[taken.blocks :] = 0
-            self.map = DirtyMap(dirty, taken)
+                self._start(dirty, (taken, released), fresh)
+            for bitmap in (dirty, taken, released):
+                bitmap.bits[bitmap.blocks :] = 0
+            self.map = DirtyMap(dirty, taken, released)
             if sidecar_path is not None:
                 self._join(sidecar_path, kept, hot)
             remove_stale_regions(run_dir, name)
@@ -135,11 +136,12 @@ class LogStore:
             logger.warning("%s described another disk or was damaged: every block counts as dirty now; "
                            "log:NAME gives a log a name of its own", self.name)
 
-    def _start(self, dirty: Bitmap, taken: Bitmap, fresh: bool) -> None:
+    def _start(self, dirty: Bitmap, others: tuple[Bitmap, ...], fresh: bool) -> None:
         """Give the bitmaps their first content, then the header that makes them valid."""
         self._map[: HEADER.size] = bytes(HEADER.size)
-        if taken.bits.any():
-            taken.bits.setall(0)
+        for bitmap in others:
+            if bitmap.bits.any():
+                bitmap.bits.setall(0)
         if not fresh:
             dirty.fill()
         self.generation = new_id()

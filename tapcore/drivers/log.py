@@ -103,6 +103,7 @@ class Log(Filter):
             self._hot = self._activity.hot
         self._store = store
         self._map = store.map
+        self._map.forgets_unflushed = leaf.keeps_tables
         self._next_write, self._next_submit = self.next.queue_write, self.next.submit
 
     def bind(self, lower: Driver) -> None:
@@ -113,6 +114,7 @@ class Log(Filter):
             return
         self._next_write, self._next_submit = lower.queue_write, lower.submit
         leaf = leaf_of(lower)
+        self._map.forgets_unflushed = leaf.keeps_tables
         if not self._options.name and _identity(leaf) != self._image:
             self._options = replace(self._options, name=self.log_name)
             self._store.set_identity(f"name:{self.log_name}")
@@ -146,6 +148,26 @@ class Log(Filter):
 
     def queue_discard(self, request: Request) -> bool:
         return self._change(request, self.next.queue_discard)
+
+    def queue_flush(self, request: Request) -> bool:
+        released = self._map.flush_begins()
+        if released is None:
+            return self.next.queue_flush(request)
+        done = request.done
+
+        def ended(request: Request) -> None:
+            request.done = done
+            self._map.flush_ended(released, request.error)
+
+        def ended_late(request: Request) -> None:
+            ended(request)
+            done(request)
+
+        request.done = ended_late
+        if not self.next.queue_flush(request):
+            return False
+        ended(request)
+        return True
 
     def _change(self, request: Request, verb: Callable[[Request], bool], is_admitted: bool = False) -> bool:
         """Mark and pass on what goes to hot extents, or `is_admitted`; other requests wait for their intent.
@@ -209,7 +231,7 @@ class Log(Filter):
             done(0)
             return
         request = Request(FLUSH, flags=BACKGROUND, done=lambda request: done(request.error))
-        if self.next.queue_flush(request):
+        if self.queue_flush(request):
             done(request.error)
         else:
             self._next_submit()

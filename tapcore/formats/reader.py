@@ -72,6 +72,7 @@ def _nothing(code: int) -> None:
 class ImageDriver(Driver):
     """A level whose data lies where a mapping says. `open` of a format calls `start_reading`."""
 
+    keeps_tables = True
     file_kind: ClassVar[type[ImageFile]] = ImageFile
     file: ImageFile
     """Where the tables are, and PACKED extents."""

@@ -407,3 +407,41 @@ def test_extents_are_those_of_a_scan(blocks: set[int], offset: int, length: int)
     cut = dirty_map.extents(offset, length, 3)
     assert len(cut) >= min(3, len(expected))
     assert cut[:-1] == expected[: len(cut) - 1]
+
+
+# What a flush has not covered
+
+
+def test_what_became_clean_is_kept_until_a_flush_that_began_later_has_ended() -> None:
+    length = bitmap_bytes(16 * BLOCK, BLOCK)
+    dirty, taken, released = (Bitmap(bytearray(length), 16 * BLOCK, BLOCK) for _ in range(3))
+    dirty_map = DirtyMap(dirty, taken, released)
+    dirty_map.forgets_unflushed = True
+
+    def release(block: int) -> None:
+        dirty_map.mark(block * BLOCK, BLOCK)
+        lease = dirty_map.open_lease()
+        dirty_map.take(lease, 0, 16, 100)
+        dirty_map.commit(lease, 0, 16)
+        dirty_map.close_lease(lease)
+
+    def kept() -> list[int]:
+        return list(released.bits.search(1))
+
+    assert dirty_map.flush_begins() is None
+    release(1)
+    release(2)
+    failing = dirty_map.flush_begins()
+    assert failing is not None
+    dirty_map.flush_ended(failing, 5)
+    assert kept() == [1, 2]
+    flush = dirty_map.flush_begins()
+    assert flush is not None
+    release(2)
+    release(3)
+    dirty_map.flush_ended(flush, 0)
+    assert kept() == [2, 3]
+    dirty_map.mark(7 * BLOCK, BLOCK)
+    dirty_map.clear()
+    assert kept() == [2, 3, 7] and not dirty.bits.any()
+    assert list(DirtyMap(dirty, taken, released).dirty.bits.search(1)) == [2, 3, 7] and kept() == []

@@ -32,6 +32,7 @@ class VmdkDriver(Driver):
     """One VMDK image. What it does itself: before the first change after an open the CID is changed, durably, so
     that images laid over the former content are known to be stale."""
 
+    keeps_tables = True
     file_kind: ClassVar[type[ImageFile]] = ImageFile
 
     def open(self) -> None:
