@@ -74,15 +74,12 @@ class Guest:
         self._random = Random(seed)
         self._blocks = self._random.sample(range(SIZE_BYTES // BLOCK_BYTES), BLOCKS)
         self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="guest", daemon=True)
-        self._thread.start()
+        self.thread = threading.Thread(target=self._run, name="guest", daemon=True)
+        self.thread.start()
 
     def stop(self) -> None:
-        """Begin nothing more; `join` when its disk has ended."""
+        """Begin nothing more; `thread` ends when its disk has."""
         self._stopping.set()
-
-    def join(self) -> None:
-        self._thread.join(LONG_S)
 
     def get_on(self, requests: int = 50) -> None:
         """Wait for so many more acknowledged requests."""
@@ -260,7 +257,7 @@ class Soak:
         self.guest = Guest(lambda: self.here.uri, seed)
         self.done: dict[str, int] = {}
         self._actions: dict[Callable[[], str], int] = {
-            self.pause: 4, self.snapshot: 4, self.commit: 3, self.stream: 2, self.replicate: 6, self.migrate: 4,
+            self.pause: 4, self.snapshot: 4, self.job: 5, self.replicate: 6, self.migrate: 4,
             self.kill_tapdisk: 4, self.kill_replica: 2, self.check: 2}
 
     def run(self, seconds: float, actions: int | None) -> None:
@@ -292,7 +289,7 @@ class Soak:
         self.guest.stop()
         for side in (self.here, self.there):
             side.end()
-        self.guest.join()
+        self.guest.thread.join(LONG_S)
         self.log.close()
 
     # What is done. Each returns what became of it.
@@ -319,22 +316,16 @@ class Soak:
         here.top = path
         return path.name
 
-    def commit(self) -> str:
-        return self._job("commit")
-
-    def stream(self) -> str:
-        return self._job("stream")
-
-    def _job(self, op: str) -> str:
-        """Until its end, or it is cancelled, or its tapdisk killed."""
+    def job(self) -> str:
+        op = self.random.choice(("commit", "commit", "stream"))
         fate, wait_s = self.random.choice(("ends", "ends", "cancelled", "killed")), self.random.uniform(0, 0.3)
         try:
             self.here.call(op)
         except WritelogError as error:
-            return f"refused: {error.message}"
+            return f"{op} refused: {error.message}"
         if fate == "killed":
             time.sleep(wait_s)
-            return f"killed after {wait_s:.2f} s; {self.kill_tapdisk()}"
+            return f"{op} killed after {wait_s:.2f} s; {self.kill_tapdisk()}"
         if fate == "cancelled":
             time.sleep(wait_s)
             with contextlib.suppress(WritelogError):  # it has ended
@@ -347,10 +338,9 @@ class Soak:
         self.here.learn_top()
         if fate == "ends" and news.get("error"):
             raise Failed(f"a {op} failed: {news}")
-        return f"{fate}: {news['state']}, now at {self.here.top.name}"
+        return f"{op} {fate}: {news['state']}, now at {self.here.top.name}"
 
     def kill_tapdisk(self) -> str:
-        self.random.random()
         kill(self.here.tapdisk)
         host_dies = self.random.random() < 0.4
         if host_dies:
