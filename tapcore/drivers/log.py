@@ -150,7 +150,7 @@ class Log(Filter):
         return self._change(request, self.next.queue_discard)
 
     def queue_flush(self, request: Request) -> bool:
-        released = self._map.flush_begins()
+        released = self._map.flush_begins() if self._store is not None else None
         if released is None:
             return self.next.queue_flush(request)
         done = request.done
