@@ -283,7 +283,7 @@ class Keyring:
         replace_file(self._peers / file, key_text(public))
 
     def remove(self, name: str) -> None:
-        """Forget a peer: it is refused from its next connection on."""
+        """Forget a peer: it is let in no more."""
         self.peer(name)
         with self._locked():
             remove_file(self._peers / f"{name}.next")
@@ -308,9 +308,13 @@ class Keyring:
                 except (OSError, UsageError) as error:
                     logger.warning("the old key of %s stays: %s", peer.name, error)
 
+    def knows(self, public: bytes) -> bool:
+        """Whether it is the key of a peer."""
+        return any(public in peer.candidates for peer in self.peers())
+
     def authorize(self, public: bytes) -> bool:
         """Whether a client with this key, which it has proved to hold, is let in. Asked anew for each."""
-        if not any(public in peer.candidates for peer in self.peers()):
+        if not self.knows(public):
             return False
         self.used(public)
         return True

@@ -204,7 +204,8 @@ class Replica:
             recover(self._loop, copy)
             export = self._nbd.listen(options.nbd) if options.nbd else ""
             self._server = ReplicaServer(self._env, self._vbd, export, keys=door.keys,
-                                         authorize=door.authorize, peer_timeout_s=options.peer_timeout,
+                                         authorize=door.authorize, key_source=door.source,
+                                         peer_timeout_s=options.peer_timeout,
                                          on_end=self._on_end, copy=copy, log=log,
                                          may_discard=options.discard_my_data)
             endpoint = self._server.listen(options.listen)

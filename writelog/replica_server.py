@@ -10,6 +10,7 @@ that up. So the socket is drained until it has nothing more, whenever the descri
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -23,10 +24,11 @@ from tapcore.drivers.log import Log
 from tapcore.errors import ProtocolError, ReplicationError, UsageError, WritelogError
 from tapcore.loop import Timer
 from tapcore.vbd import Vbd
-from writelog.keyring import Keys
+from writelog.keyring import PAIR_HINT, Keys, fingerprint
 from writelog.replica_copy import Copy
 from writelog.replica_doorman import LOOK_INTERVAL_S, Doorman
 from writelog.replica_facts import room
+from writelog.replica_keys import KeySource, KeyWatch
 from writelog.replica_session import OPEN, WAITING, Session
 from writelog.replica_state import StateStore
 from writelog.sync_transport import Gate, monitor_events, prepare, serve_curve
@@ -58,15 +60,15 @@ class ReplicaServer:
 
     `on_end(succeeded)` is called when a session ended for good: released, promoted or failed, or gone for
     `peer_timeout_s` after its link dropped. `copy` must have recovered; without, nothing outlives the process.
-    With `keys`, a sync is let in by `authorize(its public key)`, which is called in a thread. A disk with a `log`
-    is changed below that, and logged from its promotion on: so the log knows what the former primary lacks. With
-    `may_discard` any copy may be overwritten, once.
+    With `keys`, a sync is let in by `authorize(its public key)`, which is called in a thread; with a `key_source`
+    they may change meanwhile. A disk with a `log` is changed below that, and logged from its promotion on: so the
+    log knows what the former primary lacks. With `may_discard` any copy may be overwritten, once.
     """
 
     def __init__(self, env: Env, vbd: Vbd, export: str = "", *, keys: Keys | None = None,
-                 authorize: Callable[[bytes], bool] = lambda key: False, peer_timeout_s: float = 10.0,
-                 on_end: Callable[[bool], None] | None = None, copy: Copy | None = None, log: Log | None = None,
-                 may_discard: bool = False) -> None:
+                 authorize: Callable[[bytes], bool] = lambda key: False, key_source: KeySource | None = None,
+                 peer_timeout_s: float = 10.0, on_end: Callable[[bool], None] | None = None,
+                 copy: Copy | None = None, log: Log | None = None, may_discard: bool = False) -> None:
         self.promoted = False
         self.endpoint = ""
         self._env = env
@@ -86,6 +88,8 @@ class ReplicaServer:
         self._session: Session | None = None
         self._identity = b""
         self._fd = -1
+        self._connections: set[int] = set()
+        """Their descriptors, also of those that have no session."""
         self._session_id = b""
         self._confirmed: bytes | None = None
         self._is_resumed = False
@@ -103,6 +107,9 @@ class ReplicaServer:
         self._monitor = self._socket.get_monitor_socket(zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED)
         self._doorman: Doorman | None = None
         self._look_timer: Timer | None = None
+        self._key_watch = None
+        if keys is not None and key_source is not None:
+            self._key_watch = KeyWatch(env, keys, key_source, self._use_keys, self._drop_removed)
 
     def listen(self, endpoint: str) -> str:
         """Bind; returns the address with the port that was bound. UsageError if it cannot be."""
@@ -119,6 +126,8 @@ class ReplicaServer:
         self._env.loop.add_reader(self._socket.fileno(), self._drain)
         self._env.loop.add_reader(self._monitor.fileno(), self._watch)
         self._wake()
+        if self._key_watch is not None:
+            self._key_watch.start()
         return self.endpoint
 
     def close(self, done: Callable[[], None]) -> None:
@@ -127,6 +136,8 @@ class ReplicaServer:
             self._session.end()
         if self._look_timer is not None:
             self._look_timer.cancel()
+        if self._key_watch is not None:
+            self._key_watch.stop()
         loop = self._env.loop
         for socket in (self._socket, self._monitor):
             loop.remove(socket.fileno())
@@ -203,9 +214,11 @@ class ReplicaServer:
             return
         for event, fd in monitor_events(self._monitor):
             if event == zmq.EVENT_ACCEPTED:
+                self._connections.add(fd)
                 if self._doorman is not None:
                     self._doorman.accepted(fd, self._fd)
                 continue
+            self._connections.discard(fd)
             if self._doorman is not None:
                 self._doorman.closed(fd)
             if fd == self._fd:
@@ -234,7 +247,47 @@ class ReplicaServer:
             return
         if isinstance(message, Hello):
             self._watch()
+            if self._key_watch is not None and not self._is_known(key := str(frames[1].get("User-Id")).encode()):
+                logger.warning("a client whose key %s was removed was refused", fingerprint(key))
+                self._send(identity, Failure(errno.EACCES, "the replica knows this sync's key no more", PAIR_HINT))
+                return
             self._hello(identity, int(frames[1].get(zmq.SRCFD)), message)
+            if self._key_watch is not None and identity == self._identity:
+                self._key_watch.client = key
+
+    # Keys
+
+    def _is_known(self, key: bytes) -> bool:
+        """Asked again at each HELLO: the handshake may be long ago."""
+        assert self._key_watch is not None
+        try:
+            return self._key_watch.source.knows(key)
+        except (WritelogError, OSError) as error:
+            logger.error("a client was refused, for its key cannot be looked up: %s", error)
+            return False
+
+    def _use_keys(self, keys: Keys) -> bool:
+        """Listen anew, with new keys; that ends connections. False as long as there are some, or the address is
+        still taken."""
+        self._watch()
+        if self._connections:
+            return False
+        with contextlib.suppress(zmq.ZMQError):  # it may have been done the last time
+            self._socket.unbind(self.endpoint)
+        serve_curve(self._socket, keys)
+        try:
+            self._socket.bind(self.endpoint)
+        except zmq.ZMQError:
+            return False
+        logger.warning("connections are made with this host's new key %s from now on", fingerprint(keys.public))
+        self._wake()
+        return True
+
+    def _drop_removed(self) -> None:
+        """The key of the sync that is connected was removed."""
+        if self._session is not None and not self.promoted and not self._promotions:
+            self._session.refuse(ReplicationError("the replica knows this sync's key no more", errno=errno.EACCES,
+                                                  hint=PAIR_HINT))
 
     # Sessions
 

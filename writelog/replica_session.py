@@ -132,8 +132,8 @@ class Session:
             self._send(Welcome(base, CREDIT_BYTES, journal_bytes is not None, journal_bytes or 0))
 
     def refuse(self, error: WritelogError) -> None:
-        """It cannot begin."""
-        if self.state == WAITING:
+        """It cannot begin, or not go on."""
+        if self.state != OVER:
             self._fail(error)
 
     def end(self) -> None:

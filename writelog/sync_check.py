@@ -20,6 +20,10 @@ QUESTIONS: Final = 2
 """How often to ask on one connection: the shortest answer tells the round trip."""
 
 
+class _Again(ReplicationError):
+    """The connection ended before there was an answer."""
+
+
 @dataclass
 class Target:
     """A replica as it is now; `problem` is why it cannot take the disk, if it cannot."""
@@ -54,7 +58,10 @@ def check(source: Source, peer: Peer, downtime_s: float, overwrite: bool = False
     target = Target(peer.endpoint)
     try:
         hello = Hello(VERSION, bytes(16), source.size_bytes, source.name, *source.bases(), overwrite, False, True)
-        target.facts, target.round_trip_s = _ask(peer, hello)
+        try:
+            target.facts, target.round_trip_s = _ask(peer, hello)
+        except _Again:  # the replica listens anew, maybe, with another key
+            target.facts, target.round_trip_s = _ask(peer, hello)
         target.problem = (_refusal(target) or _too_little_room(target.facts, source)
                           or _too_short_pause(target.round_trip_s, downtime_s))
     except ReplicationError as error:
@@ -84,7 +91,8 @@ def _ask(peer: Peer, hello: Hello) -> tuple[Facts, float]:
                 shortest_s = min(shortest_s, time.monotonic() - asked_s)
             return facts, shortest_s
         except LinkLost as lost:
-            raise ReplicationError(f"{peer.endpoint}: {lost}", errno=lost.errno, hint=lost.hint) from None
+            kind = _Again if link.reached else ReplicationError
+            raise kind(f"{peer.endpoint}: {lost}", errno=lost.errno, hint=lost.hint) from None
         finally:
             link.close()
 

@@ -10,16 +10,18 @@ from pathlib import Path
 
 from tapcore.errors import UsageError
 from writelog.keyring import PAIR_HINT, Keyring, Keys, load_authorized, load_keys, load_public_key
+from writelog.replica_keys import KeySource
 from writelog.sync_link import Credentials, Peer
 from writelog.sync_transport import check_endpoint, endpoint_host
 
 
 @dataclass(frozen=True)
 class Door:
-    """A replica's own pair, and who is let in; None for anyone on this machine."""
+    """A replica's own pair, and who is let in; None for anyone on this machine. Both come from `source`."""
 
     keys: Keys | None
     authorize: Callable[[bytes], bool]
+    source: KeySource | None = None
 
 
 def add_key_options(parser: argparse.ArgumentParser, theirs: str, theirs_help: str) -> None:
@@ -69,9 +71,14 @@ def open_door(endpoint: str, options: argparse.Namespace) -> Door:
     if options.insecure_loopback_only:
         return Door(None, lambda key: True)
     if options.key is not None:
-        return Door(load_keys(options.key), load_authorized(options.authorized).__contains__)
+        keys, _ = load_keys(options.key), load_authorized(options.authorized)
+
+        def is_authorized(key: bytes) -> bool:
+            return key in load_authorized(options.authorized)
+
+        return Door(keys, is_authorized, KeySource(lambda: load_keys(options.key), is_authorized))
     ring = _keyring(options)
-    return Door(ring.own(), ring.authorize)
+    return Door(ring.own(), ring.authorize, KeySource(ring.own, ring.knows))
 
 
 def _keyring(options: argparse.Namespace) -> Keyring:

@@ -405,10 +405,37 @@ def test_keys_rotate_without_a_gap(
     assert old in other.ring.peer(rotating.name).candidates
     rotating.pair("rotate", "--finish")
     works()
-    if who == "replica":
-        running.end()
-        running = Replica(b, copy)
-        works()
+    if who == "replica":  # it runs on, and takes the new key up
+        for _ in range(100):
+            if other.ring.peer(rotating.name).candidates == (rotating.ring.own().public,):
+                break
+            works()
     assert other.ring.peer(rotating.name).candidates == (rotating.ring.own().public,)
     assert not other.ring.authorize(old)
     running.end()
+
+
+def test_a_peer_that_is_removed_loses_its_connection(
+    rig: Rig, paired: tuple[Host, Host, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """While it syncs; and the replica serves others on."""
+    a, b, copy = paired
+    running = Replica(b, copy)
+    ended: list[int] = []
+    sync = threading.Thread(target=lambda: ended.append(subprocess.run(
+        [sys.executable, "-m", "writelog.sync", "--run-dir", str(rig.env.run_dir), f"--keys={a.folder}", "--hold",
+         "vm1", running.endpoint], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=WAIT_S).returncode))
+    sync.start()
+    for _ in range(2000):
+        if copy.read_bytes()[:4096] == rig.image.read_bytes()[:4096]:
+            break
+        threading.Event().wait(0.01)
+    b.pair("remove", "hosta")
+    sync.join(WAIT_S)
+    assert ended == [1]
+    assert rig.guest_goes_on()
+    assert rig.sync(f"--keys={a.folder}", "vm1", running.endpoint) == 1
+    a_file = b.folder.parent / "again.key"
+    a.gives_file_to(b, a_file)
+    assert rig.sync(f"--keys={a.folder}", "vm1", running.endpoint) == 0
+    assert "knows this sync's key no more" in running.end()
