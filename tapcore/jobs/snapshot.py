@@ -6,8 +6,8 @@
     4 let the filters stand on the overlay, go on
 
 If a step fails the image is opened as before, the overlay's file is removed, and the disk goes on. What a crash
-leaves of it: up to step 4 an overlay that nothing was written to, so from the moment that it exists it shows the
-disk as it is.
+leaves of it: up to step 4 an overlay that nothing was written to, so from the moment that it is whole it shows the
+disk as it is. One that is not whole (td-img check) was never used: the disk is the image, and the file in the way.
 """
 
 from __future__ import annotations
