@@ -146,7 +146,7 @@ class Copier:
         dirty_bytes, leased_bytes = self.source.dirty_bytes()
         pipeline = self.pipeline
         now_s = self._looked_s = time.monotonic()
-        pipeline.packer.look(now_s, pipeline.wire_bytes)
+        pipeline.packer.look(now_s, pipeline.wire_bytes, pipeline.equal_bytes)
         return self.planner.look(Seen(
             now_s=now_s, dirty_bytes=dirty_bytes, leased_bytes=leased_bytes, todo_bytes=pipeline.todo_bytes,
             unacked_bytes=pipeline.unacked_bytes, applied_bytes=pipeline.applied_bytes,

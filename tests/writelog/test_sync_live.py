@@ -231,6 +231,27 @@ def test_a_killed_tapdisk_is_waited_for_and_its_log_still_counts(pair: Pair) -> 
     assert pair.guest.wrote_more()
 
 
+def test_it_compares_after_a_tapdisk_was_killed_as_before(pair: Pair) -> None:
+    """Half of each two MiB is there already: the other half is sent once, but for what was on its way."""
+    copy = bytearray(pair.image.read_bytes())
+    for place in range(0, SIZE_BYTES // 2, 2 << 20):
+        copy[place : place + (1 << 20)] = bytes(1 << 20)
+    pair.copy.write_bytes(copy)
+    pair.guest.stop()
+    pair.replica()
+    sync = pair.sync("--rate", "6M", "--compare", "--compress", "off", "--keep-running")
+    sync.event(lambda event: event.get("sent_bytes", 0) > 1 << 20)
+    pair.tapdisk.process.kill()
+    pair.tapdisk.process.communicate(timeout=WAIT_S)
+    pair.serve()
+    pair.guest.stop()
+    code, out, err = sync.end()
+    assert code == 0, err
+    report = json.loads(out.splitlines()[-1])
+    assert report["connections"] == 2
+    assert report["sent_bytes"] < SIZE_BYTES // 4 + (8 << 20)
+
+
 @pytest.mark.parametrize("killed", ["sync", "replica", "both"])
 def test_what_was_killed_goes_on_where_it_was(pair: Pair, killed: str) -> None:
     """The log counts for the same copy to the end: nothing was sent anew as a whole."""

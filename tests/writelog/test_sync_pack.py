@@ -48,7 +48,7 @@ def test_a_link_that_is_faster_than_the_processor_gets_it_as_it_is(
 ) -> None:
     packer = Packer(mode)
     for look in range(10):
-        packer.look(look / 10, int(link_rate * look / 10))
+        packer.look(look / 10, int(link_rate * look / 10), 0)
     first, second = packer.pack(TEXT), packer.pack(TEXT)
     assert (second is not None) == is_packed
     assert first is None or is_packed or mode == AUTO, "one try tells how fast the processor is"
@@ -57,8 +57,20 @@ def test_a_link_that_is_faster_than_the_processor_gets_it_as_it_is(
 def test_nothing_is_packed_before_the_link_is_known() -> None:
     packer = Packer()
     assert packer.pack(TEXT) is None
-    packer.look(0.0, 0)
+    for look in range(20):
+        packer.look(look / 10, 0, 0)
     assert packer.pack(TEXT) is None
+    packer.look(2.0, 1, 0)
+    assert packer.pack(TEXT) is None
+
+
+@pytest.mark.parametrize(("equal_rate", "is_packed"), [(1e12, False), (1e6, True)])
+def test_that_little_is_sent_because_most_is_equal_makes_no_slow_link(equal_rate: float, is_packed: bool) -> None:
+    packer = Packer()
+    for look in range(20):
+        packer.look(look / 10, 1 + look * 1000, int(equal_rate * look / 10))
+    packer.pack(TEXT)  # tells how fast the processor is
+    assert (packer.pack(TEXT) is not None) == is_packed
 
 
 @pytest.mark.parametrize("payload", [
