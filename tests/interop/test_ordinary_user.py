@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
+from tempfile import TemporaryDirectory
 from typing import Final
 
 import pytest
@@ -60,13 +61,13 @@ class User:
 
 
 @pytest.fixture
-def user(tmp_path: Path) -> Iterator[User]:
-    tops = [folder for folder in tmp_path.parents if folder.name.startswith("pytest-")]
-    for folder in (tmp_path, *tops):  # pytest keeps them to itself
-        folder.chmod(folder.stat().st_mode | 0o711)
-    user = User(tmp_path / "home")
-    yield user
-    user.close()
+def user() -> Iterator[User]:
+    """In a folder that everybody may pass through: pytest keeps its own to itself, whenever it begins anew."""
+    with TemporaryDirectory() as folder:
+        Path(folder).chmod(0o711)
+        user = User(Path(folder) / "home")
+        yield user
+        user.close()
 
 
 def has_no_power(process: subprocess.Popen[bytes]) -> bool:
