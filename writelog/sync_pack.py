@@ -27,7 +27,7 @@ SETTLED_S: Final = 0.5
 FADING: Final = 0.995
 """Of the link's estimated rate, from one look to the next."""
 EQUAL_WEIGHT: Final = 4
-"""What was compared and is equal counts as if so many times of it had been sent: links are faster than comparing."""
+"""What is equal counts as if so many times of it had been sent: a link is faster than a comparison."""
 
 AUTO, ON, OFF = "auto", "on", "off"
 
