@@ -190,7 +190,8 @@ class SwitchOver:
                 return
 
     def barrier(self) -> None:
-        """Have the replica flush and confirm all that was sent. ReplicationError if the digests differ."""
+        """Have the replica flush and confirm all that was sent. ReplicationError if the digests differ: then no
+        sync may build on this copy."""
         talk, copier = self._talk, self._talk.copier
         expected = copier.pipeline.digest.digest()
         seq = copier.pipeline.next_seq()
@@ -199,11 +200,24 @@ class SwitchOver:
         while reply.seq != seq:  # the answer to a barrier of a pause that was broken off
             reply = talk.wait_for(Digest)
         if reply.digest != expected:
-            raise ReplicationError(f"the replica did not apply what was sent: its digest is {reply.digest.hex()}, "
-                                   f"the sync's {expected.hex()}", hint="run the sync again")
+            raise self._distrust(f"the replica did not apply what was sent: its digest is {reply.digest.hex()}, "
+                                 f"the sync's {expected.hex()}")
         copier.pipeline.on_ack(Ack(seq, seq, copier.ack.flush_ns, copier.ack.flush_bytes))
         self._confirmed = expected
         self._report.digest = expected.hex()
+
+    def _distrust(self, problem: str) -> ReplicationError:
+        """The copy is not what it is taken for, and what was acknowledged of it is forgotten: the log is to count
+        for it no more. What to raise."""
+        source = self._talk.copier.source
+        try:
+            if not source.handed_over:
+                source.fill()
+        except WritelogError as error:
+            return ReplicationError(f"{problem}; and the log cannot be told so: {error.message}",
+                                    hint="do not trust the copy: make it anew with --overwrite --compare")
+        return ReplicationError(problem, hint="the copy is not to be trusted any more: make it anew with "
+                                              "--overwrite --compare, which sends what differs")
 
     def _compare_disks(self) -> None:
         """Read the whole disk at both ends; ReplicationError if they differ."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import signal
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -14,9 +15,10 @@ from livewriter import LiveWriter
 from sync_rig import SIZE_BYTES, Rig, Script, events, fail_with
 
 from tapcore.driver import Env
+from writelog import sync_link, wire
 from writelog.hashtree import GRAIN_BYTES, LEAF_BYTES
 from writelog.sync_compare import LEAST_PART, ONE_OF, Comparison
-from writelog.wire import Barrier, Data, Packed, Probe, Probed, Zero
+from writelog.wire import Barrier, Data, Digest, Packed, Probe, Probed, Zero
 
 COMPARE = ("--compare", "--compress", "off", "--json", "vm1")
 
@@ -178,8 +180,38 @@ def test_an_answer_that_the_replica_did_not_give_is_found_at_the_barrier(
     script._answer = lambda peer, answer: give(  # type: ignore[method-assign]
         peer, Probed(answer.seq, bytes(len(answer.differing))) if isinstance(answer, Probed) else answer)
     assert rig.sync(*COMPARE, script.endpoint) == 1
-    assert "did not apply what was sent" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "did not apply what was sent" in err and "make it anew with --overwrite --compare" in err
     assert rig.guest_goes_on()
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_no_sync_builds_on_a_copy_whose_digest_was_wrong(
+    rig: Rig, script: Script, tmp_path: Path, content: bytes, capsys: pytest.CaptureFixture[str], is_first: bool
+) -> None:
+    """It was acknowledged as durable before that. What the error says makes it good."""
+    copy = old_copy(tmp_path / "copy.img", content, [])
+    endpoint = rig.replica(f"aio:{copy}")
+    if not is_first:
+        assert rig.sync("--keep-running", *COMPARE, endpoint) == 0
+
+    def wrong(frames: Any) -> Any:
+        message, payload = wire.decode(frames)
+        return (replace(message, digest=bytes(len(message.digest))) if isinstance(message, Digest) else message,
+                payload)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sync_link, "decode", wrong)
+        assert rig.sync("--keep-running", *COMPARE, endpoint) == 1
+    assert rig.dirty_bytes() == SIZE_BYTES
+    spoiled = bytearray(content)
+    spoiled[0] ^= 1
+    copy.write_bytes(spoiled)
+    assert rig.sync("--keep-running", *COMPARE, endpoint) == 1, "the copy counts for nothing"
+    capsys.readouterr()
+    assert rig.sync("--keep-running", "--overwrite", *COMPARE, endpoint) == 0
+    assert events(capsys.readouterr().out)[-1]["sent_bytes"] <= GRAIN_BYTES
+    assert copy.read_bytes() == rig.image.read_bytes()
 
 
 def test_where_nothing_is_equal_it_stops_comparing(rig: Rig, script: Script, content: bytes) -> None:
