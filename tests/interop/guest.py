@@ -91,10 +91,10 @@ def boot(folder: Path, script: str, disk: str) -> str:
 class Guest:
     """A QEMU that runs: booted, or with `incoming` waiting for a guest. Its monitor is at `monitor`."""
 
-    def __init__(self, folder: Path, initramfs: Path, disks: Sequence[str], incoming: str | None = None,
+    def __init__(self, monitor: Path, initramfs: Path, disks: Sequence[str], incoming: str | None = None,
                  *options: str, at: Sequence[str] = ()) -> None:
         """`at`: what the command begins with."""
-        self.monitor = f"unix:{folder}/{'there' if incoming else 'here'}.qmp"
+        self.monitor = f"unix:{monitor}"
         self._console = bytearray()
         self._grown = threading.Condition()
         options = ("-qmp", f"{self.monitor},server=on,wait=off", *options)

@@ -18,6 +18,7 @@ from processes import Tapdisk, read_line
 
 from tapcore import tapctl
 from tapcore.control import find_disk
+from tapcore.rundir import default_run_dir
 from writelog.migrate_qmp import Monitor
 
 SIZE = 8 << 20
@@ -59,26 +60,43 @@ class Move:
         self._options_there = there
         self._initramfs = initramfs
         self.names = [f"vm{number}" for number in range(disks)]
+        self.places = ["here", "there"]
+        """Where the guest is, and where it is to move to."""
         for name in self.names:
-            for place in ("here", "there"):
+            for place in self.places:
                 with (folder / f"{name}.{place}").open("wb") as file:
                     file.truncate(SIZE)
         self.tapdisks = [serve(f"log:{name}|aio:{folder}/{name}.here", "--name", name, at=self.hosts.here)
                          for name in self.names]
-        self.here = Guest(folder, initramfs, [tapdisk.uri for tapdisk in self.tapdisks],
-                          None, *self.hosts.qemu_here, at=self.hosts.here)
-        self.replicas = [self._start_replica(name, self.hosts.endpoint(number))
-                         for number, name in enumerate(self.names)]
-        self.endpoints = [read_line(replica).split()[-1] for replica in self.replicas]
+        self._run_dirs = {"here": self.tapdisks[0].run_dir, "there": default_run_dir()}
+        self.guests: list[Guest] = []
+        """All there were, in their order."""
+        self.here = self._start_guest("here", [tapdisk.uri for tapdisk in self.tapdisks],
+                                      None, *self.hosts.qemu_here, at=self.hosts.here)
+        self._former: list[subprocess.Popen[bytes]] = []
+        """The replicas of the move before, which serve the guest."""
+        self._start_replicas()
         self.there = self._wait_there()
         self.migrate: subprocess.Popen[bytes] | None = None
         self.here.wait_for(lambda text: "wrote 20." in text)
 
+    def _start_guest(self, place: str, uris: Sequence[str], incoming: str | None, *options: str,
+                     at: Sequence[str]) -> Guest:
+        self.guests.append(Guest(self.folder / f"{place}.qmp", self._initramfs, uris, incoming, *options, at=at))
+        return self.guests[-1]
+
+    def _start_replicas(self) -> None:
+        self.replicas = [self._start_replica(name, self.hosts.endpoint(number))
+                         for number, name in enumerate(self.names)]
+        self.endpoints = [read_line(replica).split()[-1] for replica in self.replicas]
+
     def _start_replica(self, name: str, endpoint: str) -> subprocess.Popen[bytes]:
+        there = self.places[1]
         return subprocess.Popen(
             [*self.hosts.there, sys.executable, "-m", "writelog.replica", *self.hosts.keys_there,
-             "--listen", endpoint, "--name", name, "--nbd", f"unix:{self.folder}/{name}.nbd",
-             f"aio:{self.folder}/{name}.there"], stdout=subprocess.PIPE)
+             "--run-dir", str(self._run_dirs[there]), "--listen", endpoint, "--name", name,
+             "--nbd", f"unix:{self.folder}/{name}.{there}.nbd", f"aio:{self.folder}/{name}.{there}"],
+            stdout=subprocess.PIPE)
 
     def start_replica_again(self) -> None:
         """The first one, which has ended."""
@@ -87,19 +105,33 @@ class Move:
         read_line(self.replicas[0])
 
     def _wait_there(self) -> Guest:
-        uris = [f"nbd+unix:///{name}?socket={self.folder}/{name}.nbd" for name in self.names]
-        return Guest(self.folder, self._initramfs, uris, self.hosts.waits or self.hosts.incoming,
-                     *self.hosts.qemu_there, *self._options_there, at=self.hosts.there)
+        there = self.places[1]
+        uris = [f"nbd+unix:///{name}?socket={self.folder}/{name}.{there}.nbd" for name in self.names]
+        return self._start_guest(there, uris, self.hosts.waits or self.hosts.incoming,
+                                 *self.hosts.qemu_there, *self._options_there, at=self.hosts.there)
 
     def wait_there_again(self) -> None:
         """A new QEMU at the destination: one whose guest did not come has ended."""
         self.there.end()
         self.there = self._wait_there()
 
+    def turn(self) -> None:
+        """The guest has moved; make ready for its move back, on one machine: where it was the images become
+        replicas. `here` is where it is from now on."""
+        self.here.end()
+        for tapdisk in self.tapdisks:
+            tapdisk.stop()
+        for replica in self._former:
+            stop(replica)
+        self.places.reverse()
+        self.here, self._former = self.there, self.replicas
+        self._start_replicas()
+        self.there = self._wait_there()
+
     def arguments(self, *options: str, monitor: str | None = None) -> list[str]:
         """Of writelog-migrate."""
         disks = [f"--disk={name}={endpoint}" for name, endpoint in zip(self.names, self.endpoints, strict=True)]
-        return [*self.hosts.keys_here, "--json", "--run-dir", str(self.tapdisks[0].run_dir),
+        return [*self.hosts.keys_here, "--json", "--run-dir", str(self._run_dir),
                 "--qmp", monitor or self.here.monitor, "--to", self.hosts.incoming, *disks, *options]
 
     def start(self, *options: str, killed_at: str | None = None, held_at: Sequence[str] = (),
@@ -136,7 +168,8 @@ class Move:
     @property
     def acknowledged(self) -> list[int]:
         """The numbers that the guest has written durably, at either place."""
-        return [int(number) for number in re.findall(r"wrote (\d+)\.", self.here.console + self.there.console)]
+        consoles = "".join(guest.console for guest in self.guests)
+        return [int(number) for number in re.findall(r"wrote (\d+)\.", consoles)]
 
     def goes_on(self, guest: Guest) -> None:
         """AssertionError unless the guest writes at that place."""
@@ -155,13 +188,12 @@ class Move:
         written = len(self.acknowledged)
         self.there.end()
         for replica in self.replicas:
-            replica.terminate()
-            replica.communicate(timeout=WAIT_S)
+            stop(replica)
         for name in self.names:
             assert self.info(name)["fenced"]
         assert len(self.acknowledged) <= written + 1
         for name in self.names:
-            assert tapctl.main(["--run-dir", str(self.tapdisks[0].run_dir), "unpause", "--force", name]) == 0
+            assert tapctl.main(["--run-dir", str(self._run_dir), "unpause", "--force", name]) == 0
         with closing(Monitor(self.here.monitor)) as monitor:
             monitor.call("migrate_cancel")
             monitor.call("cont")
@@ -175,8 +207,13 @@ class Move:
             assert not capabilities["pause-before-switchover"]
             assert monitor.call("query-migrate-parameters")["max-bandwidth"] == 128 << 20
 
+    @property
+    def _run_dir(self) -> Path:
+        """Where its disks are controlled."""
+        return self._run_dirs[self.places[0]]
+
     def info(self, name: str) -> dict[str, Any]:
-        with find_disk(self.tapdisks[0].run_dir, name) as control:
+        with find_disk(self._run_dir, name) as control:
             return control.call("info", disk=name)
 
     def check(self, place: str) -> None:
@@ -196,10 +233,14 @@ class Move:
             self.migrate.communicate(timeout=WAIT_S)
         self.here.end()
         self.there.end()
-        for replica in self.replicas:
-            if replica.poll() is None:
-                replica.terminate()
-            replica.communicate(timeout=WAIT_S)
+        for replica in self._former + self.replicas:
+            stop(replica)
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is None:
+        process.terminate()
+    process.communicate(timeout=WAIT_S)
 
 
 Begin = Callable[..., Move]

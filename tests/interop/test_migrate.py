@@ -4,12 +4,14 @@ told to be durable, on either side, is on the disk where it is then."""
 from __future__ import annotations
 
 import os
+import re
 import signal
 from contextlib import closing
 from typing import Any
 
 import pytest
-from interop.moving import SLOWLY, WAIT_S, Begin, Move
+from interop.guest import Guest
+from interop.moving import BLOCK, SIZE, SLOWLY, WAIT_S, Begin, Move
 
 from writelog import migrate
 from writelog.migrate_qmp import Monitor
@@ -42,6 +44,39 @@ def test_a_guest_moves(begin: Begin, disks: int, there: list[str], number: int) 
     assert report["downtime_s"] == pytest.approx(sum(report["downtime_parts_s"].values()))
     print(f"downtime {report['downtime_s'] * 1000:.0f} ms,", {
         name: round(part_s * 1000, 1) for name, part_s in report["downtime_parts_s"].items()})
+
+
+AT_SWITCHES = 4
+"""How many blocks may be under way, or were not yet told of, when a guest is stopped here and there."""
+
+
+def first_written(guest: Guest) -> int:
+    """The number of the first block that it was told to be durable there."""
+    match = re.search(r"wrote (\d+)\.", guest.console)
+    assert match
+    return int(match[1])
+
+
+def test_there_and_back_and_there_again(move: Move) -> None:
+    """What is sent after the first move is what the guest has written since the last."""
+    before = 0
+    for number in range(2 + ROUNDS):
+        move.start("--dest-qmp", move.there.monitor)
+        code, events, error = move.finish()
+        assert code == 0, error
+        move.goes_on(move.there)
+        first = first_written(move.there)
+        [disk] = events[-1]["disks"]
+        sent_bytes = disk["sent_bytes"] + disk["zero_bytes"]
+        print(f"move {number}: {first - before} blocks written, {sent_bytes // BLOCK} sent")
+        if number:
+            assert disk["resumed"] and 0 < sent_bytes <= (first - before + AT_SWITCHES) * BLOCK
+        else:
+            assert sent_bytes >= SIZE
+        before = first
+        move.turn()
+    move.end()
+    move.check(move.places[0])
 
 
 BEFORE_THE_SWITCH = [

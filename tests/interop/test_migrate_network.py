@@ -109,7 +109,7 @@ def test_the_link_is_gone_before_the_switch(begin: Begin, wire: Wire, tmp_path: 
             wait_for_progress(move, state, "stalled")
             run.send_signal(signal.SIGINT)
         code, _, error = move.finish()
-        assert code == (130 if said == "interrupted" else 1)
+        assert code == (130 if said == "interrupted" else 1), error
         assert said in error and "the guest runs on here" in error
         wire.mend()
         move.is_here()
