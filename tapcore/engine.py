@@ -287,6 +287,8 @@ class Engine:
 
     def _restart(self, call: Call) -> None:
         """As a shutdown; what is served now is `handed_on` then, with the sockets."""
+        if not self.disks:
+            raise ControlError("this process serves no disk that could go on", errno=errno.ENOENT)
         for disk in self.disks.values():
             if disk.holder is not None:
                 raise held(disk)

@@ -13,6 +13,7 @@ wins nothing.
 
 from __future__ import annotations
 
+import argparse
 import errno
 import os
 from collections.abc import Iterable
@@ -67,6 +68,18 @@ class Reach:
 
 
 ANYWHERE: Final = Reach(None)
+
+
+def add_option(parser: argparse.ArgumentParser) -> None:
+    """`--backing-dirs`, for `given`."""
+    parser.add_argument("--backing-dirs", type=parse_folders, metavar="DIR[:DIR…]",
+                        help="where the images may name backing files, besides their own folders and the files of "
+                             f"the chains given here (default: ${VARIABLE}, or nowhere else)")
+
+
+def given(folders: Iterable[Path] | None, named: Iterable[str] = ()) -> Reach:
+    """What the option, or without it the environment, allows. UsageError."""
+    return Reach(folders_of_environment() or () if folders is None else folders, named)
 
 
 def parse_folders(text: str) -> list[Path]:

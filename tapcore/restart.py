@@ -1,8 +1,9 @@
 """A tapdisk that starts again as another program, under its guests: what it hands on to itself.
 
 `tap-ctl restart` has a tapdisk close its disks and execute the program that is installed now, in the same process.
-Its NBD sockets stay open meanwhile: a client that connects again waits there until its disk is served. What is to
-be served is in a file without a name, whose descriptor the new program gets with `--handed-on`:
+A writelog-replica whose disk was promoted becomes a tapdisk in the same way. The NBD sockets stay open meanwhile:
+a client that connects again waits there until its disk is served. What is to be served is in a file without a
+name, whose descriptor the new program gets with `--handed-on`:
 
     {"shared": [[ADDRESS, FD], …], "named": [PATH, …],
      "disks": [{"name": …, "chain": …, "read_only": …, "paused": …, "nbd": [[ADDRESS, FD], …]}, …]}
@@ -12,11 +13,10 @@ be served is in a file without a name, whose descriptor the new program gets wit
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NoReturn
@@ -58,17 +58,19 @@ def read(fd: int) -> HandedOn:
         return HandedOn.decode(file.read())
 
 
-def execute(options: argparse.Namespace, run_dir: Path, handed_on: HandedOn) -> NoReturn:
+def execute(handed_on: HandedOn, run_dir: Path, *, backing_dirs: Iterable[Path] | None, verbose: bool,
+            max_retries: int = 100, retry_interval_s: float = 1.0, tls_creds: Path | None = None,
+            insecure: bool = False) -> NoReturn:
     """Become the tapdisk that is installed now, with the options of the whole process."""
     fd = os.memfd_create("tapdisk-handed-on", 0)
     with open(fd, "wb", closefd=False) as file:
         file.write(handed_on.encode())
-    arguments = ["--run-dir", str(run_dir), "--max-retries", str(options.max_retries),
-                 "--retry-interval", f"{options.retry_interval:f}", "--handed-on", str(fd)]
-    if options.tls_creds:
-        arguments += ["--tls-creds", str(options.tls_creds)]
-    if options.backing_dirs is not None:
-        arguments += ["--backing-dirs", ":".join(map(str, options.backing_dirs))]
-    arguments += ["--insecure"] * options.insecure + ["--verbose"] * options.verbose
+    arguments = ["--run-dir", str(run_dir), "--max-retries", str(max_retries),
+                 "--retry-interval", f"{retry_interval_s:f}", "--handed-on", str(fd)]
+    if tls_creds is not None:
+        arguments += ["--tls-creds", str(tls_creds)]
+    if backing_dirs is not None:
+        arguments += ["--backing-dirs", ":".join(map(str, backing_dirs))]
+    arguments += ["--insecure"] * insecure + ["--verbose"] * verbose
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, "-m", "tapcore.tapdisk", *arguments])

@@ -12,9 +12,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Final
 
-from tapcore import logs
+from tapcore import logs, reach
 from tapcore.errors import UsageError, WritelogError
-from tapcore.reach import VARIABLE, Reach, folders_of_environment, parse_folders
 from tapcore.rundir import default_run_dir
 
 if TYPE_CHECKING:
@@ -86,9 +85,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
                         "and server-key.pem")
     parser.add_argument("--insecure", action="store_true",
                         help="listen for other hosts without TLS: whoever reaches the port may use the disk")
-    parser.add_argument("--backing-dirs", type=parse_folders, metavar="DIR[:DIR…]",
-                        help="where the images may name backing files, besides their own folders and the files of "
-                             f"the chains given here (default: ${VARIABLE}, or nowhere else)")
+    reach.add_option(parser)
     parser.add_argument("--read-only", action="store_true", help="serve all of them read-only")
     parser.add_argument("--max-retries", type=_count, default=100, metavar="N",
                         help="try a failed request again so often before the guest sees it (default: %(default)s)")
@@ -157,9 +154,8 @@ def _serve(options: argparse.Namespace, run_dir: Path, ready: Callable[[], None]
     logs.begin("%(asctime)s tapdisk: %(message)s", verbose=options.verbose)
     loop = Loop()
     workers = Workers(loop)
-    folders = folders_of_environment() if options.backing_dirs is None else options.backing_dirs
-    reach = Reach(folders or (), handed_on.named if handed_on else ())
-    engine = Engine(Env(loop, workers, run_dir, reach), max_retries=options.max_retries,
+    allowed = reach.given(options.backing_dirs, handed_on.named if handed_on else ())
+    engine = Engine(Env(loop, workers, run_dir, allowed), max_retries=options.max_retries,
                     retry_interval_s=options.retry_interval, on_down=loop.stop, tls=tls,
                     allow_remote=options.insecure)
 
@@ -193,7 +189,9 @@ def _serve(options: argparse.Namespace, run_dir: Path, ready: Callable[[], None]
         workers.close()
         loop.close()
     if engine.handed_on is not None and not stopping:
-        execute(options, run_dir, engine.handed_on)
+        execute(engine.handed_on, run_dir, backing_dirs=options.backing_dirs, verbose=options.verbose,
+                max_retries=options.max_retries, retry_interval_s=options.retry_interval,
+                tls_creds=options.tls_creds, insecure=options.insecure)
     return 0
 
 

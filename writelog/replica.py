@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Final
 
-from tapcore import logs
+from tapcore import logs, reach
 from tapcore.beside import beside
 from tapcore.chain import parse
 from tapcore.disk import Disk
@@ -25,6 +25,7 @@ from tapcore.loop import Loop
 from tapcore.namelock import lock_name, unlock_name
 from tapcore.nbd.server import NbdServer
 from tapcore.params import size_bytes
+from tapcore.restart import execute
 from tapcore.tapdisk import make_run_dir
 from tapcore.vbd import CLOSED, Vbd
 from tapcore.workers import Workers
@@ -122,6 +123,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
                         help="the disk's name, in its export and for tap-ctl (default: that of its image's file)")
     parser.add_argument("--run-dir", type=Path, metavar="DIR",
                         help="where the control socket is, as for tapdisk")
+    reach.add_option(parser)
     parser.add_argument("--discard-my-data", action="store_true",
                         help="let a sync overwrite what the image here holds, though it is a disk of its own, as "
                              "the half of a split is, or a copy of something else")
@@ -168,7 +170,8 @@ class Replica:
         self._options = options
         self._loop = Loop()
         self._workers = Workers(self._loop)
-        self._env = Env(self._loop, self._workers, make_run_dir(options.run_dir))
+        self._env = Env(self._loop, self._workers, make_run_dir(options.run_dir),
+                        reach.given(options.backing_dirs))
         self._engine = Engine(self._env, on_down=self._engine_is_down)
         self._name: str = default_name(options.chain) if options.name is None else options.name
         self._vbd = Vbd(self._env, self._name)
@@ -181,6 +184,8 @@ class Replica:
         self._is_adopted = False
         """Whether the disk is the engine's."""
         self._stopping = False
+        self._is_told_to_end = False
+        """By a signal."""
 
     def run(self) -> int:
         """Serve until SIGTERM or SIGINT, or with --once one sync; WritelogError if it cannot start."""
@@ -216,6 +221,9 @@ class Replica:
             self._loop.run()
         finally:
             self._release()
+        if self._engine.handed_on is not None and not self._is_told_to_end:
+            execute(self._engine.handed_on, self._env.run_dir, backing_dirs=options.backing_dirs,
+                    verbose=options.verbose)
         return self.status
 
     def _release(self) -> None:
@@ -270,6 +278,7 @@ class Replica:
         """End in good order; a second signal ends it at once."""
         for again in (signal.SIGTERM, signal.SIGINT):
             signal.signal(again, signal.SIG_DFL)
+        self._is_told_to_end = True
         self._loop.call_threadsafe(self.stop)
 
     def stop(self) -> None:

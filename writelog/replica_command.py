@@ -11,6 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Final
 
+from tapcore import reach
 from tapcore.chain import open_chain, parse
 from tapcore.driver import Driver, Env, OpenFlag, leaf_of
 from tapcore.drivers.log import Log
@@ -86,12 +87,13 @@ def promote(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="writelog-replica promote", description=PROMOTE_DESCRIPTION)
     parser.add_argument("chain", metavar="CHAIN", help="as it was given to writelog-replica")
     _add_place_options(parser)
+    reach.add_option(parser)
     parser.add_argument("--force", action="store_true",
                         help="also a copy that is inconsistent: no file system may be whole on it")
     options = parser.parse_args(arguments)
     loop = Loop()
     workers = Workers(loop)
-    env = Env(loop, workers)
+    env = Env(loop, workers, reach=reach.given(options.backing_dirs))
     vbd = Vbd(env, "replica")
     if any(level.driver == Log.name for level in parse(options.chain)):
         env.run_dir = default_run_dir().absolute()

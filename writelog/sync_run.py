@@ -44,8 +44,8 @@ FIRST_TRY_S, LONGEST_TRY_S = 0.1, 15.0
 """Before a new try to connect: at first, and at most."""
 RENAME_S: Final = 60.0
 """How often a copy gets a new name while it is made."""
-DISK_GONE: Final = frozenset({errno.ECONNRESET, errno.EPIPE, errno.EBADF, errno.ENOTCONN})
-"""What a call to a tapdisk that has ended fails with."""
+DISK_GONE: Final = frozenset({errno.ECONNRESET, errno.EPIPE, errno.EBADF, errno.ENOTCONN, errno.ESHUTDOWN})
+"""What a call to a tapdisk that has ended, or is about to, fails with."""
 
 
 class Sync:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from processes import Tapdisk
+from processes import Tapdisk, read_line
 
 from tapcore import reach
 from tapcore.chain import open_chain
@@ -175,6 +175,20 @@ def test_tapdisk_keeps_to_it_and_snapshots_go_on(
     assert made.returncode == 0, made.stderr
     with NbdClient(tapdisk.uri) as client:
         assert client.read(0, len(SECRET)) == SECRET
+
+
+def test_a_replica_keeps_to_it(places: tuple[Path, Path]) -> None:
+    own, other = places
+    chain = overlay("qcow2", own / "top.qcow2", other / "secret.raw", "raw")
+    command = [sys.executable, "-m", "writelog.replica", "--run-dir", str(own), "--insecure-loopback-only",
+               "--listen", "tcp://127.0.0.1:0"]
+    refused = subprocess.run([*command, chain], capture_output=True, text=True, check=False, timeout=60)
+    assert refused.returncode == 1 and "--backing-dirs" in refused.stderr
+    with subprocess.Popen([*command, "--backing-dirs", str(other), chain], stdout=subprocess.PIPE) as allowed:
+        try:
+            assert read_line(allowed).startswith("listening on ")
+        finally:
+            allowed.terminate()
 
 
 def test_td_img_keeps_to_the_variable(places: tuple[Path, Path]) -> None:

@@ -209,6 +209,18 @@ def test_a_promoted_disk_is_one_of_tap_ctls(
     c.end()
 
 
+def test_a_promoted_disk_goes_on_as_the_tapdisk_that_is_installed(a: Host, b: Host) -> None:
+    assert b.control("restart") == 1
+    moved(a, b)
+    b.write(1)
+    assert b.control("restart") == 0
+    b.write(2)
+    a.end()
+    a.receive()
+    report = moved(b, a)
+    assert report["resumed"] and 0 < sent_bytes(report) <= 2 * LITTLE_BYTES
+
+
 def test_what_was_written_is_known_after_the_promoted_disk_is_served_by_a_tapdisk(a: Host, b: Host) -> None:
     moved(a, b)
     b.write(1)
