@@ -65,6 +65,8 @@ def describe(state: State, journal_bytes: int = 0, is_applying: bool = False) ->
     """What the copy is good for."""
     if state.promoted:
         return f"promoted: it was a copy of disk {state.disk!r}, and is the primary now"
+    if not state.is_consistent and not state.disk:
+        return "empty: no sync has brought a copy yet"
     if not state.is_consistent:
         return (f"inconsistent since {when(state.at_ms)}: half a copy of disk {state.disk!r}, which a sync has to "
                 "complete")
