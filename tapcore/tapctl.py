@@ -47,7 +47,7 @@ examples:
   tap-ctl commit disk.img --rate 100M              they go into the image below; the disk goes on with that
   tap-ctl stream disk.img                          the top image gets all that is only in those below
   tap-ctl close disk.img
-  tap-ctl restart 1234                             with the program that is installed now, under its guests
+  tap-ctl restart disk.img                         with the program that is installed now, under its guests
   tap-ctl shutdown 1234
 """
 
@@ -131,7 +131,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     restarting = add("restart", _restart, "Have a tapdisk go on as the program that is installed now, with the "
                      "same pid, disks and addresses: its disks are closed and opened again, their logs go on. NBD "
                      "clients have to connect again, as QEMU's do with reconnect-delay; their requests wait.")
-    restarting.add_argument("pid", metavar="PID", type=int, nargs="?", help="which, if several run")
+    restarting.add_argument("which", metavar="DISK|PID", nargs="?", help="the one with this disk, or this pid, if "
+                            "several run")
     defaults = argparse.Namespace(run_dir=None, json=False, timeout=DEFAULT_TIMEOUT_S, status=0)
     options, rest = parser.parse_known_args(arguments, defaults)
     options.for_tapdisk = rest
@@ -382,7 +383,10 @@ def _restart(options: argparse.Namespace) -> None:
     if check.returncode:
         raise ControlError(f"the tapdisk that is installed now does not work: {check.stderr.strip()[-400:]}",
                            hint="nothing was done")
-    with _tapdisk(options) as client:
+    which = options.which
+    options.pid = int(which) if which is not None and which.isdecimal() else None
+    is_named = which is not None and options.pid is None
+    with find_disk(options.run_dir, which, options.timeout) if is_named else _tapdisk(options) as client:
         before = client.call("list")
         start_s = time.monotonic()
         pid = client.call("restart")["pid"]
@@ -402,7 +406,8 @@ def _restart(options: argparse.Namespace) -> None:
             time.sleep(RESTART_POLL_S)
     took_ms = (time.monotonic() - start_s) * 1e3
     _print_result(options, after | {"took_ms": took_ms},
-                  f"tapdisk {pid} serves {len(after['disks'])} disks again, after {took_ms:.0f} ms")
+                  f"tapdisk {pid} serves {', '.join(disk['name'] for disk in after['disks'])} again, after "
+                  f"{took_ms:.0f} ms")
 
 
 def _is_running(pid: int) -> bool:

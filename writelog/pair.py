@@ -52,7 +52,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     verbs = pair.add_subparsers(required=True, metavar="COMMAND")
 
     def verb(run: Callable[[Keyring, argparse.Namespace], None], name: str, text: str) -> argparse.ArgumentParser:
-        added = verbs.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        added = verbs.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", epilog=EXAMPLES,
+                                 formatter_class=argparse.RawDescriptionHelpFormatter)
         added.add_argument("--keys", type=Path, metavar="DIR",
                            help="where the keys are (default: /etc/writelog/keys for root, "
                                 "$XDG_CONFIG_HOME/writelog/keys for others)")

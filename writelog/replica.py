@@ -149,7 +149,9 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 
 def keygen(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="writelog-replica keygen",
-                                     description="Make a CURVE key pair: NAME.key (public) and NAME.key_secret.")
+                                     description="Make a CURVE key pair: NAME.key (public) and NAME.key_secret.",
+                                     epilog="example:\n  writelog-replica keygen /etc/writelog --name host-b",
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path, metavar="DIR")
     parser.add_argument("--name", default="writelog", help="base name of the two files (default: %(default)s)")
     options = parser.parse_args(arguments)

@@ -40,7 +40,9 @@ has is not what is written here from now on."""
 
 def status(arguments: Sequence[str]) -> int:
     """The command."""
-    parser = argparse.ArgumentParser(prog="writelog-replica status", description=STATUS_DESCRIPTION)
+    parser = argparse.ArgumentParser(prog="writelog-replica status", description=STATUS_DESCRIPTION,
+                                     epilog="example:\n  writelog-replica status /vm/copy.img",
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("image", metavar="IMAGE", help="the image, or the chain that leads to it")
     _add_place_options(parser)
     parser.add_argument("--json", action="store_true", help="as JSON")
@@ -86,7 +88,9 @@ def when(at_ms: int) -> str:
 
 def promote(arguments: Sequence[str]) -> int:
     """The command."""
-    parser = argparse.ArgumentParser(prog="writelog-replica promote", description=PROMOTE_DESCRIPTION)
+    parser = argparse.ArgumentParser(prog="writelog-replica promote", description=PROMOTE_DESCRIPTION,
+                                     epilog="example:\n  writelog-replica promote qcow2:/vm/copy.qcow2",
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("chain", metavar="CHAIN", help="as it was given to writelog-replica")
     _add_place_options(parser)
     reach.add_option(parser)

@@ -7,7 +7,7 @@ import math
 import signal
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Final
@@ -208,13 +208,15 @@ def run(options: argparse.Namespace) -> int:
             else:
                 sync = Together(DiskGroup(sources, peers, wishes, **how), run_dir, reporter, hooks,
                                 keep_running=options.keep_running, verify=options.verify)
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, lambda *_: setattr(sync, "interrupted", True))
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
+                    signal.signal(number, lambda *_: setattr(sync, "interrupted", True))
             report = sync.run()
         except Interrupted:
             reporter.failed("interrupted")
-            print(f"writelog-sync: interrupted; {'the disk runs' if len(peers) == 1 else 'the disks run'} on",
-                  file=sys.stderr)
+            with suppress(OSError):  # its terminal may be gone
+                print(f"writelog-sync: interrupted; {'the disk runs' if len(peers) == 1 else 'the disks run'} on",
+                      file=sys.stderr)
             return 130
         except WritelogError as error:
             reporter.failed(str(error))

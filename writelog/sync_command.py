@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -31,20 +31,33 @@ HELP: Final = {
 }
 
 
+EXAMPLES: Final = {"set": "set vm1 --rate 200M --downtime 0.1", "switch": "switch vm1 --wait"}
+
+
 def ask(path: Path, op: str, timeout_s: float | None, **params: Any) -> dict[str, Any]:
     """The result of an op. ControlError if it fails, or the sync is gone."""
+    return ask_all(path, {op: params}, timeout_s)[-1]
+
+
+def ask_all(path: Path, ops: Mapping[str, Mapping[str, Any]], timeout_s: float | None) -> list[dict[str, Any]]:
+    """The results of several ops, on one connection: a sync that has ended meanwhile answers those that it has
+    heard."""
     lines = Lines(MAX_REPLY_BYTES)
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
             client.settimeout(timeout_s)
             client.connect(str(path))
-            client.sendall(json.dumps({"op": op, **params}).encode() + b"\n")
-            while (line := lines.next_line()) is None:
-                data = client.recv(1 << 16)
-                if not data:
-                    raise ControlError("the sync has gone without an answer", path=str(path))
-                lines.feed(data)
-            return decode_reply(line)
+            client.sendall(b"".join(json.dumps({"op": op, **params}).encode() + b"\n"
+                                    for op, params in ops.items()))
+            results: list[dict[str, Any]] = []
+            while len(results) < len(ops):
+                while (line := lines.next_line()) is None:
+                    data = client.recv(1 << 16)
+                    if not data:
+                        raise ControlError("the sync has gone without an answer", path=str(path))
+                    lines.feed(data)
+                results.append(decode_reply(line))
+            return results
     except OSError as error:
         raise ControlError(f"cannot ask the sync: {error.strerror or error}", errno=error.errno,
                            path=str(path)) from error
@@ -52,7 +65,9 @@ def ask(path: Path, op: str, timeout_s: float | None, **params: Any) -> dict[str
 
 def parse_arguments(op: str, arguments: Sequence[str], rate: Callable[[str], float],
                     floor: Callable[[str], float], downtime: Callable[[str], float]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog=f"writelog-sync {op}", description=f"Of a sync that runs: {HELP[op]}.")
+    parser = argparse.ArgumentParser(prog=f"writelog-sync {op}", description=f"Of a sync that runs: {HELP[op]}.",
+                                     epilog=f"example:\n  writelog-sync {EXAMPLES.get(op, op + ' vm1')}",
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("disk", metavar="DISK", help="name of the disk, or of one of several with one sync")
     parser.add_argument("--run-dir", type=Path, metavar="DIR", help="where the tapdisk's control socket is")
     parser.add_argument("--log", metavar="NAME", help="the sync of this write log, if the disk has several")
@@ -60,9 +75,16 @@ def parse_arguments(op: str, arguments: Sequence[str], rate: Callable[[str], flo
     if op == "set":
         parser.add_argument("--rate", type=lambda text: 0.0 if text == "off" else rate(text), metavar="RATE",
                             help="send no faster; 'off': as fast as it goes")
-        parser.add_argument("--downtime", type=downtime, metavar="S")
-        parser.add_argument("--throttle-floor", type=lambda text: floor(text) or -1.0, metavar="RATE")
-    return parser.parse_args(arguments)
+        parser.add_argument("--downtime", type=downtime, metavar="S",
+                            help="switch over when the pause is predicted to be this short")
+        parser.add_argument("--throttle-floor", type=lambda text: floor(text) or -1.0, metavar="RATE",
+                            help="slow the guest's writes down to this at the least; 'off': never")
+    elif op == "switch":
+        parser.add_argument("--wait", action="store_true", help="until it has ended, as `writelog-sync wait`")
+    options = parser.parse_args(arguments)
+    if op == "set" and {options.rate, options.downtime, options.throttle_floor} == {None}:
+        parser.error("say what to set: --rate, --downtime or --throttle-floor")
+    return options
 
 
 def steer(op: str, options: argparse.Namespace) -> int:
@@ -72,7 +94,10 @@ def steer(op: str, options: argparse.Namespace) -> int:
     if op == "set":
         names = ("rate", "downtime", "throttle_floor")
         params = {name: value for name in names if (value := getattr(options, name)) is not None}
-    result = ask(path, op, None if op == "wait" else TIMEOUT_S, **params)
+    if op == "switch" and options.wait:
+        result = ask_all(path, {"switch": {}, "wait": {}}, None)[-1]
+    else:
+        result = ask(path, op, None if op == "wait" else TIMEOUT_S, **params)
     print(json.dumps(result) if options.json else describe(result))
     return 0
 
@@ -108,6 +133,7 @@ def start(arguments: Sequence[str], disks: Iterable[str], options: argparse.Name
                                path=str(running[0]), hint=f"writelog-sync status {disk} tells where it is")
     first = next(iter(disks))
     out = run_dir / f"sync:{first}.log"
+    out.touch(0o600)
     with out.open("ab") as log:
         process = subprocess.Popen([sys.executable, "-m", "writelog.sync", *arguments, "--json"],
                                    stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)

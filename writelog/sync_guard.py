@@ -114,8 +114,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if said == PROMOTING:
         unpause = " and ".join(f"tap-ctl unpause --force {name}" for name in disks)
-        fate = ("the disks were handed over, and their copies are complete: open them there; or, if none was "
-                f"written to there, end the replicas, and go on here by {unpause}")
+        fate = ("the disks were handed over, and their copies are complete. Where `writelog-replica status IMAGE` "
+                "does not say promoted, end the writelog-replica: `writelog-replica promote CHAIN` makes the copy "
+                f"the disk; or, if none was written to there, end the replicas, and go on here by {unpause}")
         report = [fate]
     else:
         report = free_disks(options.run_dir, disks) or ["the guest goes on here, with all its disks"]

@@ -38,7 +38,9 @@ def parse_arguments(
     arguments: Sequence[str], rate: Callable[[str], float], seconds: Callable[[str], float],
     some_seconds: Callable[[str], float], downtime: Callable[[str], float]
 ) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="writelog-sync plan", description=DESCRIPTION)
+    parser = argparse.ArgumentParser(prog="writelog-sync plan", description=DESCRIPTION,
+                                     epilog="example:\n  writelog-sync plan --rate 110M vm1 tcp://192.0.2.7:5599",
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("disk", metavar="DISK", nargs="?", help="name of the disk, as tap-ctl list shows it")
     parser.add_argument("replica", metavar="tcp://HOST:PORT", nargs="?", help="where writelog-replica listens")
     parser.add_argument("--disk", dest="pairs", action="append", default=[], metavar="NAME[=tcp://HOST:PORT]",

@@ -178,9 +178,10 @@ class Reporter:
 
     def close(self) -> None:
         """Leave the terminal as it was."""
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
+        live, self._live = self._live, None
+        if live is not None:
+            with contextlib.suppress(OSError):
+                live.stop()
 
     def _event(self, **figures: Any) -> None:
         self._line(json.dumps({"state": self._state, "time": round(time.time(), 3), **figures}))
@@ -205,6 +206,17 @@ class Reporter:
         print(f"{self._program}: cannot report any more, but goes on: {error.strerror}", file=sys.stderr)
 
     def _update(self, text: str) -> None:
+        if self._silent:
+            return
+        try:
+            self._show(text)
+        except OSError as error:
+            self._silent = True
+            self.close()
+            with contextlib.suppress(OSError):
+                self._fall_silent(error)
+
+    def _show(self, text: str) -> None:
         if self._live is None:
             from rich.console import Console
             from rich.live import Live

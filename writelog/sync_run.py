@@ -141,8 +141,10 @@ class Sync:
                 raise
             raise ReplicationError("the disk was handed over, but the replica did not say that it took over: "
                                    f"{error.message}", errno=error.errno,
-                                   hint="its copy is complete and confirmed: open it there; or, if that host is "
-                                        "lost, resume the primary by force with tap-ctl") from error
+                                   hint="its copy is complete and confirmed: end the writelog-replica there, and "
+                                        "`writelog-replica promote CHAIN` makes it the disk; or, if that host is "
+                                        f"lost, `tap-ctl unpause --force {self._source.name}` goes on here"
+                                   ) from error
         finally:
             self._finish()
 

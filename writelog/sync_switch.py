@@ -117,10 +117,12 @@ class SwitchOver:
         self._reporter.state(SWITCHING)
         watch = self._pause()
         report.pause_parts_s = watch.parts_s
-        if self._is_journaled and not self._keep_running:
-            self._keep(watch)
-            self.barrier()  # answered when the journal is applied
-            watch.lap("apply")
+        if not self._keep_running:
+            is_journaled = self._is_journaled
+            self._keep(watch)  # whoever is lost from here on, `writelog-replica promote` takes the copy
+            if is_journaled:
+                self.barrier()  # answered when the journal is applied
+                watch.lap("apply")
         self.watch = None
         if self._verify:
             self._compare_disks()

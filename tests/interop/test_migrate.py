@@ -39,8 +39,8 @@ def test_a_guest_moves(begin: Begin, disks: int, there: list[str], number: int) 
     report = succeed(move)
     assert report["state"] == "done" and len(report["disks"]) == disks
     assert all(disk["handed_over"] for disk in report["disks"])
-    assert list(report["downtime_parts_s"]) == ["stop", "wake", "quiesce", "send", "flush", "hand over", "promote",
-                                                "move", *(["start"] if there else [])]
+    assert list(report["downtime_parts_s"]) == ["stop", "wake", "quiesce", "send", "flush", "epoch", "hand over",
+                                                "promote", "move", *(["start"] if there else [])]
     assert report["downtime_s"] == pytest.approx(sum(report["downtime_parts_s"].values()))
     print(f"downtime {report['downtime_s'] * 1000:.0f} ms,", {
         name: round(part_s * 1000, 1) for name, part_s in report["downtime_parts_s"].items()})

@@ -48,8 +48,8 @@ def tapdisk(run_dir: Path, image: Path) -> Iterator[Tapdisk]:
     served.stop()
 
 
-def restart(run_dir: Path, check: bool = True) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "tapcore.tapctl", "--run-dir", str(run_dir), "restart"],
+def restart(run_dir: Path, *which: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "tapcore.tapctl", "--run-dir", str(run_dir), "restart", *which],
                           capture_output=True, text=True, check=check, timeout=2 * TIMEOUT_S)
 
 
@@ -68,7 +68,7 @@ def test_everything_is_there_again(tapdisk: Tapdisk, run_dir: Path, tmp_path: Pa
         control.call("pause", disk="vm1")
         before = control.call("list")
         generations = control.call("info", disk="vm1")["logs"]
-    assert f"tapdisk {tapdisk.process.pid} serves 2 disks again" in restart(run_dir).stdout
+    assert f"tapdisk {tapdisk.process.pid} serves vm1, vm2 again" in restart(run_dir).stdout
     with find_disk(run_dir, "vm1") as control:
         assert control.call("list") == before
         info = control.call("info", disk="vm1")
@@ -79,6 +79,16 @@ def test_everything_is_there_again(tapdisk: Tapdisk, run_dir: Path, tmp_path: Pa
     for uri in before["disks"][1]["uris"]:
         with NbdClient(uri) as client:
             assert client.read_only
+
+
+def test_one_of_several_is_chosen_by_its_disk_or_pid(tapdisk: Tapdisk, run_dir: Path, tmp_path: Path) -> None:
+    other = Tapdisk(run_dir, "vm2=ram:1M")
+    try:
+        assert "choose one by its pid" in restart(run_dir, check=False).stderr
+        assert f"tapdisk {other.process.pid} serves vm2 again" in restart(run_dir, "vm2").stdout
+        assert f"tapdisk {tapdisk.process.pid} serves" in restart(run_dir, str(tapdisk.process.pid)).stdout
+    finally:
+        other.stop()
 
 
 def test_the_log_goes_on(tapdisk: Tapdisk, run_dir: Path) -> None:

@@ -112,7 +112,7 @@ def test_hands_a_disk_over(rig: Rig, image: Path, copy: Path, capsys: pytest.Cap
     assert report["state"] == "done"
     assert (report["sent_bytes"], report["zero_bytes"]) == (data_bytes, SIZE_BYTES - data_bytes)
     assert (report["extra_bytes"], report["export"], report["handed_over"]) == (0, "unix:/nbd", True)
-    assert list(report["pause_parts_s"]) == ["quiesce", "send", "flush", "hand over", "promote"]
+    assert list(report["pause_parts_s"]) == ["quiesce", "send", "flush", "epoch", "hand over", "promote"]
     assert report["pause_s"] == pytest.approx(sum(report["pause_parts_s"].values()))
 
 

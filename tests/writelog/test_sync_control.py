@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import threading
@@ -59,7 +60,8 @@ def test_held_until_it_is_told_to_switch(rig: Rig, copy: Path, capsys: pytest.Ca
     waiter.start()
     code, out, _ = command(rig, capsys, "status", "vm1")
     assert (code, "in sync" in out, "held until" in out) == (0, True, True)
-    assert command(rig, capsys, "switch", "vm1")[0] == 0
+    code, out, _ = command(rig, capsys, "switch", "--wait", "vm1")
+    assert (code, "handed over" in out) == (0, True)
     code, report, err = held.end()
     assert (code, report["handed_over"]) == (0, True), err
     waiter.join(WAIT_S)
@@ -89,6 +91,20 @@ def test_paused_set_resumed_and_cancelled(rig: Rig, copy: Path, capsys: pytest.C
     assert (code, report["state"]) == (130, "failed")
     assert "interrupted" in err
     assert rig.guest_goes_on()
+
+
+def test_a_terminal_that_hangs_up_interrupts_it(rig: Rig, copy: Path) -> None:
+    steered = Steered(rig, "--rate", "1M", "vm1", rig.replica(f"aio:{copy}"))
+    steered.until("syncing")
+    steered.process.send_signal(signal.SIGHUP)
+    assert steered.end()[0] == 130
+    assert rig.guest_goes_on()
+
+
+def test_a_set_of_nothing_is_wrong_usage(rig: Rig, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exited:
+        command(rig, capsys, "set", "vm1")
+    assert exited.value.code == 2 and "--downtime" in capsys.readouterr().err
 
 
 def test_started_in_the_background(rig: Rig, copy: Path, capsys: pytest.CaptureFixture[str]) -> None:

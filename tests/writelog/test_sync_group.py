@@ -21,7 +21,7 @@ from processes import Tapdisk, read_line
 from tapcore.control import find_disk
 from tapcore.errors import ControlError
 from tapcore.nbd.client import NbdClient, NbdError
-from writelog import sync
+from writelog import replica, sync
 from writelog.sync_command import ask
 from writelog.sync_control import find_sync
 from writelog.sync_report import FAILED, IN_SYNC, STALLED, SWITCHING
@@ -229,7 +229,8 @@ def test_switched_together_under_load(group: Group) -> None:
     assert code == 0, err
     assert report["handed_over"] and list(report["disks"]) == list(NAMES)
     assert all(disk["verified"] for disk in report["disks"].values())
-    assert list(report["pause_parts_s"]) == ["wake", "quiesce", "send", "flush", "hand over", "promote"]
+    assert list(report["pause_parts_s"]) == ["wake", "quiesce", "send", "flush", "epoch", "hand over",
+                                              "promote"]
     group.is_there()
 
 
@@ -303,13 +304,22 @@ def test_killed_at_each_step_then_it_switches(group: Group) -> None:
 
 @pytest.mark.parametrize("place", [
     "writelog.sync_guard:Guard.promoting:after:1", "writelog.sync_switch:SwitchOver._promote:after:1"])
-def test_killed_when_the_replicas_are_told(group: Group, place: str) -> None:
-    """Then all disks are there, complete, even if a replica has not heard of it."""
+def test_killed_when_the_replicas_are_told(
+    group: Group, place: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Then all disks are there, complete, and a replica that has not heard of it is promoted by what is said."""
     killed = group.start(killed_at=place)
     _, err = killed.communicate(timeout=WAIT_S)
     assert killed.returncode == -signal.SIGKILL
-    assert b"their copies are complete: open them there" in err
+    assert b"`writelog-replica promote CHAIN` makes the copy the disk" in err
     group.is_there()
+    for name, (process, _) in group.replicas.items():
+        process.terminate()
+        process.wait(WAIT_S)
+        capsys.readouterr()
+        assert replica.main(["status", "--json", str(group.copy(name))]) == 0
+        is_promoted = json.loads(capsys.readouterr().out)["promoted"]
+        assert replica.main(["promote", f"aio:{group.copy(name)}"]) == (2 if is_promoted else 0)
 
 
 def stopper(group: Group, name: str) -> Path:
