@@ -120,4 +120,6 @@ def downtime_parts(marks: dict[str, float], disks: list[Report]) -> dict[str, fl
 
 
 def _round_of(disk: Report) -> dict[str, float]:
-    return {name: disk.pause_parts_s.get(name, 0.0) for name in ("quiesce", "send", "flush")}
+    parts_s = disk.pause_parts_s
+    return {name: parts_s.get(name, 0.0) for name in ("quiesce", "send", "flush")} | {
+        name: parts_s[name] for name in ("epoch", "apply") if name in parts_s}
