@@ -4,6 +4,7 @@ host.
     0       HEADER, one page
     4096    the dirty bitmap, rounded up to a page
     ...     the bitmap of leased ("taken") blocks, as long
+    ...     the bitmap of blocks that became clean since the last flush ("released"), as long
 
 One process has it at a time: an flock on the shared memory, which the kernel drops with the process. What is found
 at opening is kept if it describes the same disk: size, granularity, and `identity`, which tells two disks apart

@@ -40,8 +40,8 @@ This host still uses its old key, {old}.
 Give the new one to every peer (writelog pair listen, connect or export), then: writelog pair rotate --finish"""
 
 FINISHED = """\
-A writelog-replica that runs here keeps the old key until it is started again: do that now. Peers accept both keys
-until they have met the new one."""
+A writelog-replica that runs here uses the new key as soon as it has no connection. Peers accept both keys until they
+have met the new one."""
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -89,8 +89,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     added.add_argument("--fingerprint", metavar="TEXT", help="what `export` showed; asked for if it is not given")
     name_option(added, "what the file says")
     added = verb(run_list, "list", "show this host's key and those of its peers")
-    added.add_argument("--json", action="store_true")
-    added = verb(run_remove, "remove", "refuse a peer from its next connection on")
+    added.add_argument("--json", action="store_true", help="as JSON")
+    added = verb(run_remove, "remove", "refuse a peer; a replica that runs ends its connection within a second")
     added.add_argument("name", metavar="NAME")
     added.add_argument("--old", action="store_true", help="only the older of its two keys")
     added = verb(run_rotate, "rotate", "make a new key for this host, beside the old one")

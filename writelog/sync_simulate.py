@@ -40,6 +40,7 @@ A smaller scale makes disk, link and loads smaller."""
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="writelog-sync simulate", description=DESCRIPTION,
+                                     epilog="example:\n  writelog-sync simulate zipf moving --scale 0.1",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("loads", nargs="*", metavar="LOAD", help=f"which: {', '.join(LOADS)} (default: all)")
     parser.add_argument("--scale", type=float, default=0.25, help="from 0.01 to 1 (default: %(default)g)")

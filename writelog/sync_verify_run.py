@@ -45,7 +45,7 @@ examples:
   writelog-sync verify vm1 tcp://192.0.2.7:5599
   writelog-sync verify --rate 50M --receipt /var/log/vm1.json vm1 tcp://192.0.2.7:5599   slowly, for the records
   writelog-sync verify --repair vm1 tcp://192.0.2.7:5599                                 the copy is the bad one
-  writelog-sync verify vm1                               by `writelog-sync start --hold`, which runs, meanwhile
+  writelog-sync verify vm1                               by the `writelog-sync start --hold` that runs
 
 exit codes: 0 equal (now), 1 not found out, 2 wrong usage, 3 different, 130 interrupted
 """

@@ -21,7 +21,7 @@ level below this one.
 
 Limits: a log belongs to one process at a time, and a NAME to one disk: what the log knows under it is kept when
 the chain below changes, as it does with a snapshot, as long as the images are in one folder. The disk's size is a
-multiple of 512 bytes. A log costs 2 bits of /dev/shm a block (64 MiB for 1 TiB at 4096), 8 MiB a client, and a
+multiple of 512 bytes. A log costs 3 bits of /dev/shm a block (96 MiB for 1 TiB at 4096), 8 MiB a client, and a
 side-car of 64 KiB and about 1 bit a block (33 MiB for 1 TiB). Opened read-only it does without the side-car, and
 to be queried only it does nothing. Images without a file (ram:, nbd:) have no side-car: their log does not outlive
 the host. What is written to an image while no log is in its chain, or by another program, is not in the log:

@@ -237,7 +237,7 @@ def test_what_was_written_is_known_after_the_promoted_disk_is_served_by_a_tapdis
 @pytest.mark.parametrize("step", [
     "tapcore.drivers.log:Log.start_over:{}:2",
     "writelog.logjournal:Activity.ended:{}:2",
-    "writelog.replica_state:replace_file:{}:4",
+    "writelog.replica_state:replace_file:{}:6",
     "tapcore.fence:clear:{}:1",
     "tapcore.vbd:Vbd.resume:{}:1",
 ])
