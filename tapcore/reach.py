@@ -3,7 +3,8 @@
 A name in an image is not the operator's: whoever made the image chose it. So a name leads only
 
 - into the folder of the image that names it, or below,
-- into the directories that the operator gave (`--backing-dirs` of tapdisk and writelog-replica, $TAPDISK_BACKING_DIRS),
+- into the directories that the operator gave (`--backing-dirs` of tapdisk and writelog-replica, or
+  $TAPDISK_BACKING_DIRS),
 - to files that the operator has named himself, as levels of a chain.
 
 Links are followed first: what counts is where the file really is. That is looked at before a file is opened, and

@@ -119,6 +119,8 @@ class DirtyMap:
         self.forgets_unflushed = False
         """The death of this process takes back what was written since the last flush."""
         self._unflushed = Lease(0)
+        self._flushing: list[Lease] = []
+        """What flushes that are under way are to make durable."""
         """Released since the last flush began."""
         self.blocks = dirty.blocks
         self.sectors_per_block = dirty.granularity_bytes // SECTOR_BYTES
@@ -229,21 +231,24 @@ class DirtyMap:
         if not self._unflushed.windows:
             return None
         batch, self._unflushed = self._unflushed, Lease(0)
+        self._flushing.append(batch)
         return batch
 
     def flush_ended(self, batch: Lease, code: int) -> None:
         """It has ended, with an errno or 0."""
         assert self.released is not None
+        self._flushing = [other for other in self._flushing if other is not batch]
         for base, mask in batch.remove(0, self.blocks):
             if code:
                 self._unflushed.add(base, mask)
                 continue
+            number, start = divmod(base, WINDOW_BLOCKS)
+            for other in (self._unflushed, *self._flushing):
+                later = other.windows.get(number)  # became clean again since: the next flush is for that
+                if later is not None:
+                    mask &= ~later[start : start + len(mask)]
             released = self.released.view(base, base + len(mask))
-            later = self._unflushed.windows.get(base // WINDOW_BLOCKS)
             released &= ~mask
-            if later is not None:
-                start = base % WINDOW_BLOCKS
-                released |= later[start : start + len(mask)] & mask
 
     def reclaim(self, lease: Lease, first: int, stop: int) -> None:
         """What `lease` holds of the blocks [first, stop) is dirty again."""

@@ -40,8 +40,8 @@ This host still uses its old key, {old}.
 Give the new one to every peer (writelog pair listen, connect or export), then: writelog pair rotate --finish"""
 
 FINISHED = """\
-A writelog-replica that runs here uses the new key as soon as it has no connection. Peers accept both keys until they
-have met the new one."""
+A writelog-replica that runs here uses the new key as soon as it has no connection. Peers accept both keys until
+they have met the new one."""
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:

@@ -127,6 +127,8 @@ class RedoFile:
     def __init__(self, file: ImageFile, epoch: int) -> None:
         self.path = Path(file.path)
         self._file = file
+        self._failed = 0
+        """The errno of a sync that failed: nobody knows what of the file is durable any more."""
         self._begin(epoch)
 
     def _begin(self, epoch: int) -> None:
@@ -252,6 +254,8 @@ class RedoFile:
 
     def _put(self, iov: Sequence[memoryview], end: int, chain: bytes) -> int:
         assert self.commit is None
+        if self._failed:
+            return self._failed
         code = self._file.write(iov, self.end, end - self.end)
         if code:
             with contextlib.suppress(OSError):
@@ -261,8 +265,10 @@ class RedoFile:
         return 0
 
     def sync(self) -> int:
-        """Make all of it durable: 0 or an errno."""
-        return self._file.sync()
+        """Make all of it durable: 0 or an errno. After one that failed nothing is written, and nothing durable,
+        until the file is opened again: the system may have dropped what it could not write."""
+        self._failed = self._failed or self._file.sync()
+        return self._failed
 
     def reset(self, epoch: int) -> None:
         """Empty it, durably: from now on it begins at `epoch`. ImageError, OSError."""

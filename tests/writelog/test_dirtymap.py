@@ -441,6 +441,16 @@ def test_what_became_clean_is_kept_until_a_flush_that_began_later_has_ended() ->
     release(3)
     dirty_map.flush_ended(flush, 0)
     assert kept() == [2, 3]
+    first = dirty_map.flush_begins()
+    release(2)
+    second = dirty_map.flush_begins()
+    assert first is not None and second is not None
+    dirty_map.flush_ended(first, 0)
+    assert kept() == [2], "the second flush is for the write after the first one began"
+    dirty_map.flush_ended(second, 0)
+    assert kept() == []
+    release(2)
+    release(3)
     dirty_map.mark(7 * BLOCK, BLOCK)
     dirty_map.clear()
     assert kept() == [2, 3, 7] and not dirty.bits.any()

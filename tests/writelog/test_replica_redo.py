@@ -29,7 +29,7 @@ from tapcore.loop import Loop
 from tapcore.request import Request
 from writelog import replica_redofile
 from writelog.replica_copy import Copy
-from writelog.replica_redofile import HEADER, INDEX_SHIFT, Index, RedoFile
+from writelog.replica_redofile import HEADER, INDEX_SHIFT, Commit, Extent, Index, RedoFile
 from writelog.replica_state import State, StateStore
 
 SECTORS = 48
@@ -422,6 +422,21 @@ def test_a_promotion_without_the_primary_drops_the_journal_last(
     assert state.promoted and state.base != 7 and state.history == (7,)
     assert other.read() == b"\xee" * SIZE_BYTES
     other.close()
+
+
+def test_nothing_goes_into_a_journal_after_a_sync_that_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What follows a commit that is perhaps not durable would be cut off when the journal is opened again."""
+    journal = RedoFile.create(tmp_path / "journal", 1)
+    extent = Extent(0, SECTOR, [memoryview(bytes(SECTOR))])
+    assert journal.append([extent])[0] == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(journal._file, "sync", lambda: errno.EIO)
+        assert journal.append_commit(Commit(2, 0)) == errno.EIO
+    assert journal.append([extent])[0] == errno.EIO
+    assert journal.sync() == errno.EIO
+    journal.close()
 
 
 def test_a_journal_that_is_damaged_is_told_and_not_applied_further(rig: Rig, tmp_path: Path) -> None:
