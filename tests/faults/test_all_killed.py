@@ -57,7 +57,8 @@ class Replicated(World):
         """Sync after sync, until the tapdisk is gone; syncs and replica die more often."""
         random = Random(self.random.random())
         while not deadline.is_set():
-            sync = self.start_sync("--keep-running", "--downtime", "2")
+            # In place, so that what the replica confirmed is in its image, and not in a journal beside it.
+            sync = self.start_sync("--keep-running", "--in-place", "--downtime", "2")
             for victim in random.choices(("sync", "replica", "nobody"), k=2):
                 if deadline.wait(random.uniform(0.2, 1.0)):
                     break
